@@ -1,0 +1,90 @@
+# Everything runs from .venv, which `make setup` fills with the locked versions. See each target's comment.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := setup
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PROJECTS := $(patsubst %/pyproject.toml,%,$(sort $(wildcard protos/pyproject.toml plugins/*/pyproject.toml clients/*/pyproject.toml)))
+
+# run a command, print its output only when it fails
+define quietly
+@printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
+endef
+
+.PHONY: setup demo test check check-style check-types check-imports check-protos bench protos protos-baseline lock clean
+
+# the virtual environment: locked packages, then our own distributions, editable
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "rmemd needs Python 3.11 or newer as '$(PYTHON)'; name another one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' cannot make virtual environments (no ensurepip)." >&2; \
+		echo "On Debian and Ubuntu: apt-get install python3-venv. Or: make PYTHON=/path/to/another/python3" >&2; exit 1; }
+	@echo "setup: virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup: installing the locked packages, which takes a minute the first time"
+	@$(PIP) install -qq --require-hashes -r requirements.lock
+	@echo "setup: installing rmemd and $(words $(PROJECTS)) more of our distributions, editable"
+	@$(PIP) install -qq --no-deps --no-build-isolation -e . $(PROJECTS:%=-e ./%)
+	@touch $@
+	@echo "setup: done"
+
+# the whole argument in one go: make demo ARGS='--help'
+demo: $(READY)
+	@$(BIN)/rmem-demo $(ARGS)
+
+# all checks, then all tests but the benchmarks: make test ARGS='-k migrate'
+test: check
+	@$(BIN)/python -m pytest -q --ignore=tests/bench $(ARGS)
+
+# each tool says one word; `make -k check` goes on after a failure
+check: check-style check-types check-imports check-protos
+
+check-style: $(READY)
+	$(call quietly,ruff check,$(BIN)/ruff check --quiet)
+	$(call quietly,ruff format,$(BIN)/ruff format --check)
+
+check-types: $(READY)
+	$(call quietly,mypy,$(BIN)/mypy)
+
+check-imports: $(READY)
+	$(call quietly,lint-imports,$(BIN)/lint-imports --no-logo)
+
+# style of the .proto files, compatibility with the baseline, and committed code equal to what they give
+check-protos: $(READY)
+	$(call quietly,protos,PYTHON=$(BIN)/python protos/generate.sh check)
+
+bench: $(READY)
+	@$(BIN)/python -m pytest -q tests/bench $(ARGS)
+
+# format the .proto files and write protos/gen anew
+protos: $(READY)
+	@PYTHON=$(BIN)/python protos/generate.sh write
+
+# accept the API as it is now: later changes must be compatible with it
+protos-baseline: $(READY)
+	@PYTHON=$(BIN)/python protos/generate.sh baseline
+
+# requirements.in -> requirements.lock, with hashes and without a word on where the packages came from
+lock:
+	@rm -rf build/lock && $(PYTHON) -m venv build/lock
+	@build/lock/bin/python -m pip --disable-pip-version-check install -qq uv
+	@echo "lock: resolving requirements.in"
+	@env -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS build/lock/bin/uv pip compile --quiet --no-config \
+		--universal --python-version 3.11 --generate-hashes --upgrade --no-header --no-annotate \
+		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.lock
+	@rm -rf build/lock
+
+clean:
+	rm -rf $(VENV) build dist protos/.deps .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find rmemd plugins protos clients tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

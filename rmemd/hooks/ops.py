@@ -1,0 +1,137 @@
+"""From a plugin's object to a frozen table of ops, in which what is absent is ``None``.
+
+Owns the check of names and signatures and the two tables. The object is registered in a
+``pluggy.PluginManager`` of its own; the table is compiled once, and calls go straight to the
+bound methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import pluggy
+
+from rmemd.errors import PLUGIN_INVALID
+from rmemd.hooks.spec import (
+    CONSUMER_MANDATORY,
+    CONSUMER_PAIRS,
+    PLATFORM_MANDATORY,
+    PROJECT,
+    ConsumerSpec,
+    PlatformSpec,
+)
+from rmemd.hooks.tx import HookTx, HostContext, VmContext
+from rmemd.hooks.types import (
+    AccessAnswer,
+    CallAnswer,
+    Content,
+    GuestCall,
+    HostAccess,
+    HostAnswer,
+    PageStates,
+    Pin,
+    Populated,
+    Runs,
+    Variant,
+    Why,
+)
+from rmemd.units import I64, U8, Bools
+
+
+@dataclass(frozen=True)
+class NotifierOps:
+    """A consumer's ops as the engine calls them; ``None`` is NULL. See ``ConsumerSpec``."""
+
+    invalidate_start: Callable[[HookTx, Runs, Why], None]
+    invalidate_end: Callable[[HookTx, Runs, Why, bool], None]
+    prepare: Callable[[HookTx, Runs], None] | None = None
+    map: Callable[[HookTx, Runs], None] | None = None
+    pin: Callable[[HookTx, Runs], Pin] | None = None
+    unpin: Callable[[HookTx, Runs], Bools] | None = None
+    migrate_folio: Callable[[HookTx, I64, I64, I64], None] | None = None
+    convert: Callable[[HookTx, Runs, bool], Content] | None = None
+    populate: Callable[[HookTx, Runs, U8, bool, U8], Populated] | None = None
+    finalize: Callable[[HookTx], bytes] | None = None
+    enter: Callable[[HookTx, int], None] | None = None
+    leave: Callable[[HookTx, int], None] | None = None
+    guest_access: Callable[[HookTx, int, Runs, bool], AccessAnswer] | None = None
+    guest_call: Callable[[HookTx, int, GuestCall, I64, int], CallAnswer] | None = None
+    error: Callable[[HookTx, Runs, bool], str] | None = None
+    page_state: Callable[[I64, I64], PageStates] | None = None
+
+    def implemented(self) -> dict[str, bool]:
+        """Return each op's name and whether it is implemented, in the table's order."""
+        return {f.name: getattr(self, f.name) is not None for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class PlatformOps:
+    """A platform's ops as the engine calls them; ``None`` is NULL. See ``PlatformSpec``."""
+
+    variants: Callable[[], Sequence[Variant]]
+    start: Callable[[HostContext], None]
+    make_consumer: Callable[[VmContext, HookTx, str, Mapping[str, str]], object]
+    destroy_consumer: Callable[[HookTx, object], None]
+    host_access: Callable[[HookTx, I64, HostAccess], HostAnswer] | None = None
+    free: Callable[[HookTx, I64], Bools] | None = None
+
+
+def compile_consumer(consumer: object, name: str) -> NotifierOps:
+    """Compile a consumer's hooks.
+
+    Raises:
+        PluginFault: a hook is misspelt, has another signature, or lacks its pair.
+    """
+    table = _compile(consumer, ConsumerSpec, name, CONSUMER_MANDATORY)
+    for one, other in CONSUMER_PAIRS:
+        if (one in table) != (other in table):
+            absent = other if one in table else one
+            raise PLUGIN_INVALID(
+                f"{name}: {one} and {other} go together, and {absent} is missing",
+                where=f"{name}.{absent}",
+            )
+    return NotifierOps(**table)
+
+
+def compile_platform(platform: object, name: str) -> PlatformOps:
+    """Compile a platform's hooks.
+
+    Raises:
+        PluginFault: a hook is misspelt, has another signature, or a mandatory one is missing.
+    """
+    return PlatformOps(**_compile(platform, PlatformSpec, name, PLATFORM_MANDATORY))
+
+
+def _compile(
+    plugin: object, spec: type, name: str, mandatory: tuple[str, ...]
+) -> dict[str, Callable[..., Any]]:
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(spec)
+    try:
+        manager.register(plugin, name)
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PLUGIN_INVALID(f"{name}: {error}", where=name) from error
+    table: dict[str, Callable[..., Any]] = {}
+    for caller in manager.get_hookcallers(plugin) or []:
+        function = caller.get_hookimpls()[0].function
+        _check_signature(function, getattr(spec, caller.name), f"{name}.{caller.name}")
+        table[caller.name] = function
+    for op in mandatory:
+        if op not in table:
+            raise PLUGIN_INVALID(f"{name}: {op} is mandatory and missing", where=f"{name}.{op}")
+    return table
+
+
+def _check_signature(function: Callable[..., Any], spec: Callable[..., Any], where: str) -> None:
+    expected = list(inspect.signature(spec).parameters)[1:]
+    found = list(inspect.signature(function).parameters)
+    if found != expected:
+        raise PLUGIN_INVALID(
+            f"{where}({', '.join(found)}) does not have the signature "
+            f"{where.rpartition('.')[2]}({', '.join(expected)})",
+            where=where,
+        )

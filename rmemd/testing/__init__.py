@@ -1,0 +1,1 @@
+"""The public test kit for plugin authors."""
