@@ -505,6 +505,13 @@ VM_DEAD = _reason(
     "Destroy the VM.",
     KVM,
 )
+VM_FROZEN = _reason(
+    "VM_FROZEN",
+    Kind.REFUSED,
+    "EIO",
+    "A hook of the VM's consumer overran its deadline, and the VM was frozen.",
+    "See the daemon's log for the hook; destroy the VM.",
+)
 VCPU_BUSY = _reason(
     "VCPU_BUSY",
     Kind.BUSY,

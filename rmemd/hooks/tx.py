@@ -55,17 +55,27 @@ class Mark:
 
     writes: int
     byte_ops: int
+    freed: int
     events: int
 
 
 class Tx:
-    """An open transaction on a space."""
+    """An open transaction on a space.
+
+    Attributes:
+        label: the operation that it is part of.
+        redo: the writes, in order.
+        byte_ops: byte movements named to the memory controller.
+        freed: frames whose bytes are to be destroyed once the record is written.
+        events: what watchers are told on commit.
+    """
 
     def __init__(self, space: Space, label: str) -> None:
         self.label = label
         self.space = space
         self.redo: list[Write] = []
         self.byte_ops: list[ByteOp] = []
+        self.freed: list[I64] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self._undo: list[Write] = []
         self._again: list[Write] = []
@@ -117,15 +127,15 @@ class Tx:
     # --- undo --------------------------------------------------------------------------------
     def mark(self) -> Mark:
         """Return a point that ``rollback`` can return to."""
-        return Mark(len(self.redo), len(self.byte_ops), len(self.events))
+        return Mark(len(self.redo), len(self.byte_ops), len(self.freed), len(self.events))
 
     def rollback(self, mark: Mark | None = None) -> None:
         """Take back every write, byte movement and event since ``mark`` (default: all)."""
-        mark = mark or Mark(0, 0, 0)
+        mark = mark or Mark(0, 0, 0, 0)
         for write in reversed(self._undo[mark.writes :]):
             self.space.apply(write)
         del self.redo[mark.writes :], self._undo[mark.writes :]
-        del self.byte_ops[mark.byte_ops :], self.events[mark.events :]
+        del self.byte_ops[mark.byte_ops :], self.freed[mark.freed :], self.events[mark.events :]
 
     # --- suspension --------------------------------------------------------------------------
     def suspend(self) -> None:
@@ -147,6 +157,7 @@ class Tx:
         self.space.holders.remove(self)
         self.redo.clear()
         self.byte_ops.clear()
+        self.freed.clear()
         self.events.clear()
 
     def _do(self, write: Write) -> None:

@@ -1,0 +1,214 @@
+"""Calling a plugin's hooks: answers checked, faults named, time measured.
+
+Owns the only calls from rmemd into plugin code. A refusal passes through with the plugin's name on
+it; any other exception and any answer outside the contract become a PluginFault, and the caller
+undoes the transaction. Hooks run inline: the deadline cannot stop one, but an overdue hook freezes
+its VM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rmemd.errors import PLUGIN_NONSENSE, PLUGIN_RAISED, REASONS, RmemError
+from rmemd.hooks.ops import NotifierOps, PlatformOps
+from rmemd.hooks.tx import Held, HookServices, HookTx, Tx
+from rmemd.hooks.types import (
+    HOST_VIEWS,
+    AccessAnswer,
+    AccessCode,
+    CallAnswer,
+    Content,
+    HostAnswer,
+    PageStates,
+    Pin,
+    Populated,
+    Runs,
+)
+
+# a hook that runs longer than this freezes its VM
+DEADLINE_SECONDS = 2.0
+
+
+@dataclass
+class Guard:
+    """What every guarded call shares.
+
+    Attributes:
+        clock: seconds, monotonic; handed in, since nothing below the daemon reads a clock.
+        deadline_seconds: how long a hook may take.
+        overdue: (vm, hook, seconds) of overdue calls, until the engine has frozen their VMs.
+        report: told of a plugin's fault with its traceback at hand; the daemon logs it.
+    """
+
+    clock: Callable[[], float]
+    deadline_seconds: float = DEADLINE_SECONDS
+    overdue: list[tuple[int, str, float]] = field(default_factory=list)
+    report: Callable[[str, Exception], None] = lambda where, error: None
+
+    def call(self, vm: int, where: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a hook.
+
+        Raises:
+            RmemError: as the hook refused, with ``where`` added, or PLUGIN_RAISED.
+            Held: a write met a suspended transaction; not the plugin's doing.
+        """
+        begun = self.clock()
+        try:
+            return function(*args)
+        except Held:
+            raise
+        except RmemError as refusal:
+            raise refusal.with_details(where=refusal.details.where or where) from refusal
+        except Exception as error:
+            self.report(where, error)
+            raise PLUGIN_RAISED(f"{where} raised {type(error).__name__}", where=where) from error
+        finally:
+            took = self.clock() - begun
+            if took > self.deadline_seconds:
+                self.overdue.append((vm, where, took))
+
+
+class Platform:
+    """A vendor's host-wide half, guarded."""
+
+    def __init__(self, name: str, ops: PlatformOps, guard: Guard, services: HookServices) -> None:
+        self.name = name
+        self.ops = ops
+        self._guard = guard
+        self._services = services
+
+    def call(self, tx: Tx, vm: int, op: str, *args: Any) -> Any:
+        """Call an op that is not NULL; ``...`` among the arguments stands for the hook's tx."""
+        hook_tx = HookTx(
+            tx, (f"platform/{self.name}/", f"vm/{vm}/{self.name}/"), vm, self._services
+        )
+        args = tuple(hook_tx if a is ... else a for a in args)
+        if not any(a is hook_tx for a in args):
+            args = (hook_tx, *args)
+        where = f"{self.name}.{op}"
+        answer = self._guard.call(vm, where, getattr(self.ops, op), *args)
+        check = _PLATFORM_ANSWERS.get(op)
+        if check is not None and not check(answer, args[1:]):
+            raise _nonsense(where, answer)
+        return answer
+
+
+class Consumer:
+    """One VM's consumer, guarded. ``ops`` says what is NULL; call only what is not."""
+
+    def __init__(
+        self,
+        name: str,
+        vm: int,
+        platform: Platform,
+        made: object,
+        ops: NotifierOps,
+        guard: Guard,
+        services: HookServices,
+    ) -> None:
+        self.name = name
+        self.vm = vm
+        self.platform = platform
+        self.made = made
+        self.ops = ops
+        self._guard = guard
+        self._services = services
+        self._prefixes = (f"vm/{vm}/{platform.name}/", f"platform/{platform.name}/")
+
+    def call(self, tx: Tx, op: str, *args: Any) -> Any:
+        """Call an op that is not NULL, and check its answer.
+
+        Raises:
+            RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
+        """
+        where = f"{self.name}.{op}"
+        injected = self._services.injected(tx, self.vm, op)
+        if injected:
+            raise _injected(where, injected)
+        hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
+        answer = self._guard.call(self.vm, where, getattr(self.ops, op), hook_tx, *args)
+        if not _ANSWERS[op](answer, args):
+            raise _nonsense(where, answer)
+        return answer
+
+    def page_state(self, gfns: Any, pfns: Any) -> PageStates | None:
+        """Return the vendor's states of pages, None where the op is NULL."""
+        if self.ops.page_state is None:
+            return None
+        where = f"{self.name}.page_state"
+        answer = self._guard.call(self.vm, where, self.ops.page_state, gfns, pfns)
+        if not isinstance(answer, PageStates) or answer.codes.shape != gfns.shape:
+            raise _nonsense(where, answer)
+        return answer
+
+
+def _injected(where: str, error: str) -> RmemError:
+    reason = REASONS.get(error, PLUGIN_RAISED)
+    return reason(f"{where} goes wrong by a fault rule: {error}", where=where, state="injected")
+
+
+def _nonsense(where: str, answer: Any) -> RmemError:
+    return PLUGIN_NONSENSE(f"{where} answered {type(answer).__name__}", where=where)
+
+
+def _nothing(answer: Any, _: Any) -> bool:
+    return answer is None
+
+
+def _of(kind: type) -> Callable[[Any, Any], bool]:
+    return lambda answer, _: isinstance(answer, kind)
+
+
+def _mask(answer: Any, n: int) -> bool:
+    return isinstance(answer, np.ndarray) and answer.dtype == np.bool_ and answer.shape == (n,)
+
+
+def _access(answer: Any, args: Any) -> bool:
+    runs: Runs = args[1]
+    if not isinstance(answer, AccessAnswer) or answer.codes.shape != (runs.total,):
+        return False
+    if (answer.codes == AccessCode.EXCEPTION).any() and answer.exception is None:
+        return False
+    return bool(answer.codes.max(initial=0) <= max(AccessCode))
+
+
+def _called(answer: Any, args: Any) -> bool:
+    return isinstance(answer, CallAnswer) and 0 <= answer.done <= args[2].size
+
+
+def _host_answer(answer: Any, args: Any) -> bool:
+    if not isinstance(answer, HostAnswer) or answer.views.shape != args[0].shape:
+        return False
+    if answer.destroyed is not None and not _mask(answer.destroyed, args[0].size):
+        return False
+    return bool(answer.views.max(initial=0) < len(HOST_VIEWS))
+
+
+_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
+    "invalidate_start": _nothing,
+    "invalidate_end": _nothing,
+    "prepare": _nothing,
+    "map": _nothing,
+    "pin": _of(Pin),
+    "unpin": lambda answer, args: _mask(answer, args[0].total),
+    "migrate_folio": _nothing,
+    "convert": _of(Content),
+    "populate": _of(Populated),
+    "finalize": _of(bytes),
+    "enter": _nothing,
+    "leave": _nothing,
+    "guest_access": _access,
+    "guest_call": _called,
+    "error": _of(str),
+}
+_PLATFORM_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
+    "make_consumer": lambda answer, _: answer is not None,
+    "destroy_consumer": _nothing,
+    "host_access": _host_answer,
+    "free": lambda answer, args: _mask(answer, args[0].size),
+}

@@ -1,0 +1,175 @@
+"""Restricted files: guest_memfd's inode (pages, attributes) and file (one VM's bindings).
+
+Owns the ``file/*`` tables. A page of the file is a pgoff; the private half is ``frames``, the
+shared half of an `attributes` VM is ``shared``. In place, one frame in ``frames`` serves either
+state, and ``attributes`` (of the file, as in Linux) says which.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmemd.errors import BINDING_OVERLAP, NO_SUCH_FILE
+from rmemd.hooks.tables import Records, Space, Sparse, TableSpec
+from rmemd.hooks.tx import Tx
+from rmemd.units import I64
+
+FLAG_MMAP = 1
+FLAG_INIT_SHARED = 2
+# rmemd's own: the memory behind a slot that has no restricted file, made with the slot
+FLAG_ANONYMOUS = 1 << 63
+FLAGS_ADVERTISED = FLAG_MMAP | FLAG_INIT_SHARED
+PRIVATE = 1
+SHARED = 0
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file's fixed facts."""
+
+    file: int
+    vm: int
+    size_pages: int
+    flags: int
+    in_place: bool
+
+    @property
+    def mappable(self) -> bool:
+        """Return whether the host may map it."""
+        return bool(self.flags & FLAG_MMAP)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A range of a file that a slot of a VM has: pgoff..pgoff+npages is gfn..gfn+npages."""
+
+    pgoff: int
+    npages: int
+    vm: int
+    slot: int
+    gfn: int
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A NUMA policy: 0 default, 2 bind, 3 interleave, as MPOL_* are numbered."""
+
+    policy: int
+    nodes: tuple[int, ...]
+
+
+class RestrictedFile:
+    """A view of one file's tables."""
+
+    def __init__(self, space: Space, info: FileInfo) -> None:
+        self.info = info
+        self.frames = _sparse(space, f"file/{info.file}/frames")
+        self.shared = _sparse(space, f"file/{info.file}/shared")
+        self.attributes = _sparse(space, f"file/{info.file}/attributes")
+        self.policy = _sparse(space, f"file/{info.file}/policy")
+        self.policies = _records(space, f"file/{info.file}/policies")
+        self.bindings = _records(space, f"file/{info.file}/bindings")
+
+    def half(self, private: bool) -> Sparse:
+        """Return the table of frames that serves pages of this state."""
+        return self.frames if private or self.info.in_place else self.shared
+
+    def bound(self, pgoff: int, npages: int) -> list[tuple[Binding, int, int]]:
+        """Return the bindings that meet a range, each with the (pgoff, npages) they share."""
+        found = []
+        for _, binding in self.bindings.items():
+            lo = max(binding.pgoff, pgoff)
+            hi = min(binding.pgoff + binding.npages, pgoff + npages)
+            if lo < hi:
+                found.append((binding, lo, hi - lo))
+        return found
+
+    def policy_at(self, pgoffs: I64) -> tuple[I64, dict[int, Policy]]:
+        """Return the policy number per page, and what the numbers mean (0 is the default)."""
+        return self.policy.get(pgoffs).astype(np.int64), dict(self.policies.items())
+
+
+class Files:
+    """All restricted files."""
+
+    def __init__(self, space: Space, tx: Tx) -> None:
+        self._space = space
+        self._info: Records = tx.create(TableSpec("files", "records"))
+        self._views: dict[int, RestrictedFile] = {}
+
+    def create(
+        self, tx: Tx, vm: int, size_pages: int, flags: int, in_place: bool
+    ) -> RestrictedFile:
+        """Make a file; its pages start as holes."""
+        file = tx.next_id("file")
+        info = FileInfo(file, vm, size_pages, flags, in_place)
+        initially = SHARED if flags & (FLAG_INIT_SHARED | FLAG_ANONYMOUS) else PRIVATE
+        tx.create(TableSpec(f"file/{file}/frames", "sparse", "i8"))
+        tx.create(TableSpec(f"file/{file}/shared", "sparse", "i8"))
+        tx.create(TableSpec(f"file/{file}/attributes", "sparse", "u1", initially))
+        tx.create(TableSpec(f"file/{file}/policy", "sparse", "u1"))
+        tx.create(TableSpec(f"file/{file}/policies", "records"))
+        tx.create(TableSpec(f"file/{file}/bindings", "records"))
+        tx.set(self._info, file, info)
+        return RestrictedFile(self._space, info)
+
+    def destroy(self, tx: Tx, file: int) -> None:
+        """Forget a file whose pages are gone."""
+        for table in ("frames", "shared", "attributes", "policy", "policies", "bindings"):
+            tx.destroy(f"file/{file}/{table}")
+        tx.drop(self._info, file)
+
+    def get(self, file: int) -> RestrictedFile:
+        """Return a file.
+
+        Raises:
+            NotFound: NO_SUCH_FILE.
+        """
+        info = self._info.get(file)
+        if info is None:
+            raise NO_SUCH_FILE(f"file/{file} does not exist", field="file")
+        return RestrictedFile(self._space, info)
+
+    def exists(self, file: int) -> bool:
+        """Return whether the file is there."""
+        return file in self._info
+
+    def all(self) -> list[RestrictedFile]:
+        """Return every file, oldest first."""
+        return [RestrictedFile(self._space, info) for _, info in self._info.items()]
+
+    def bind(self, tx: Tx, file: RestrictedFile, binding: Binding, overlap_errno: int) -> None:
+        """Give a range of the file to a slot.
+
+        Raises:
+            AlreadyExists: BINDING_OVERLAP, with the errno of the Linux release asked for.
+        """
+        taken = file.bound(binding.pgoff, binding.npages)
+        if taken:
+            other, pgoff, _ = taken[0]
+            raise BINDING_OVERLAP(
+                f"pgoff {pgoff:#x} of file/{file.info.file} is bound to slot {other.slot}",
+                errno=overlap_errno, field="file_offset_bytes", page=f"pgoff {pgoff:#x}",
+                state=f"bound to vm/{other.vm} slot {other.slot}",
+                rule="restrictedmem.md §2: bind, last check",
+            )  # fmt: skip
+        tx.set(file.bindings, (binding.vm, binding.slot), binding)
+
+    def unbind(self, tx: Tx, file: RestrictedFile, vm: int, slot: int) -> None:
+        """Take a slot's range back."""
+        tx.drop(file.bindings, (vm, slot))
+
+
+def _sparse(space: Space, name: str) -> Sparse:
+    table: Any = space.tables[name]
+    assert isinstance(table, Sparse)
+    return table
+
+
+def _records(space: Space, name: str) -> Records:
+    table: Any = space.tables[name]
+    assert isinstance(table, Records)
+    return table

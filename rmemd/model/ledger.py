@@ -1,0 +1,119 @@
+"""Who holds which frame, and why: references and long-term pins by (holder, purpose).
+
+Owns the ``ledger`` records and one sparse count per entry. A frame's references are the sum over
+the entries, kept in ``host/refs`` and ``host/pins`` by the same writes; a holder that is gone is
+one subtraction; and every refusal can name who is in the way. The page cache's own reference is
+not an entry: it is the frame's owner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmemd.errors import Holder
+from rmemd.hooks.tables import Records, Sparse, TableSpec
+from rmemd.hooks.tx import Tx
+from rmemd.model.host import Host
+from rmemd.units import I64, Bools
+
+# the kernel's GUP_PIN_COUNTING_BIAS: what one long-term pin adds to the count it shows
+PIN_BIAS = 1024
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One holder's reason to hold frames; ``table`` counts by pfn."""
+
+    holder: str
+    purpose: str
+    longterm: bool
+
+    @property
+    def table(self) -> str:
+        """Return the name of the entry's count table."""
+        return f"ledger/{self.holder}/{self.purpose}"
+
+
+class Ledger:
+    """References by holder and purpose."""
+
+    def __init__(self, host: Host, tx: Tx) -> None:
+        self._host = host
+        self._space = tx.space
+        made: Any = tx.create(TableSpec("ledger", "records"))
+        self._entries: Records = made
+
+    def hold(self, tx: Tx, entry: Entry, pfns: I64) -> None:
+        """Add one reference (or long-term pin) per frame; ``pfns`` are distinct."""
+        self._add(tx, entry, pfns, 1)
+
+    def drop(self, tx: Tx, entry: Entry, pfns: I64) -> None:
+        """Take one away per frame; each must be held."""
+        self._add(tx, entry, pfns, -1)
+
+    def held(self, entry: Entry, pfns: I64) -> Bools:
+        """Return which frames the entry holds."""
+        if entry not in self._entries:
+            return np.zeros(pfns.size, dtype=np.bool_)
+        held: Bools = self._counts(entry).get(pfns) > 0
+        return held
+
+    def move(self, tx: Tx, src: I64, dst: I64) -> None:
+        """Carry every entry's references over from frames to frames."""
+        for entry in self._all():
+            mask = self.held(entry, src)
+            if mask.any():
+                self.drop(tx, entry, src[mask])
+                self.hold(tx, entry, dst[mask])
+
+    def forget(self, tx: Tx, holder: str) -> I64:
+        """Release everything that a holder has; return the frames it held."""
+        frames = [np.empty(0, dtype=np.int64)]
+        for entry in self._all():
+            if entry.holder != holder:
+                continue
+            counts = self._counts(entry)
+            pfns = counts.touched(0, self._host.nframes)
+            column = self._host.pins if entry.longterm else self._host.refs
+            tx.put(column, pfns, column.get(pfns) - counts.get(pfns).astype(column.view.dtype))
+            tx.destroy(entry.table)
+            tx.drop(self._entries, entry)
+            frames.append(pfns)
+        return np.unique(np.concatenate(frames))
+
+    def holders(self, pfn: int) -> tuple[Holder, ...]:
+        """Return who holds a frame, the page cache not included."""
+        return tuple(holder for holder, _ in self.holders_longterm(pfn))
+
+    def holders_longterm(self, pfn: int) -> list[tuple[Holder, bool]]:
+        """Return who holds a frame, each with whether it is a long-term pin."""
+        found = ((entry, self._counts(entry).at(pfn)) for entry in self._all())
+        return [(Holder(entry.holder, entry.purpose, n), entry.longterm) for entry, n in found if n]
+
+    def count(self, entry: Entry) -> int:
+        """Return how many frames the entry holds."""
+        if entry not in self._entries:
+            return 0
+        return int(self._counts(entry).touched(0, self._host.nframes).size)
+
+    def _add(self, tx: Tx, entry: Entry, pfns: I64, sign: int) -> None:
+        if not pfns.size:
+            return
+        if entry not in self._entries:
+            tx.create(TableSpec(entry.table, "sparse", "u4"))
+            tx.set(self._entries, entry, True)
+        counts = self._counts(entry)
+        tx.put(counts, pfns, counts.get(pfns) + np.uint32(sign & 0xFFFFFFFF))
+        column = self._host.pins if entry.longterm else self._host.refs
+        tx.put(column, pfns, column.get(pfns) + np.uint32(sign & 0xFFFFFFFF))
+
+    def _all(self) -> list[Entry]:
+        return [entry for entry, _ in self._entries.items()]
+
+    def _counts(self, entry: Entry) -> Sparse:
+        table: Any = self._space.tables[entry.table]
+        assert isinstance(table, Sparse)
+        return table

@@ -1,0 +1,187 @@
+"""The memory controller: the only one who touches private bytes.
+
+Owns what a frame's bytes are (``host/stored``, ``host/key``, ``host/mac``, the ARENA flag), the
+keys at work and sticky poison. Consumers only name bytes to it (``ByteOp``); it writes into frames
+that nobody owns yet before a transaction is recorded, and destroys only after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rmemd.errors import HW_POISON
+from rmemd.hooks.tx import ByteOp, Tx
+from rmemd.hooks.types import KeySpec
+from rmemd.model.host import ARENA, Host, Stored
+from rmemd.store.keys import FrameKey
+from rmemd.store.memfd import Memfd
+from rmemd.units import I64, PAGE_SIZE, U8, U32, Bools
+
+_PLAIN = KeySpec(0, "host", plain=True)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What frames hold from now on: columns of the host tables, by pfn."""
+
+    pfns: I64
+    stored: U8
+    key: int
+    mac: U32
+
+
+class MemoryController:
+    """Bytes of frames: raw on the bus, plain for the owner of the key."""
+
+    def __init__(self, host: Host, seed: int) -> None:
+        self._host = host
+        self._seed = seed
+        self._arena = Memfd("rmemd-arena", host.nframes)
+        self._keys: dict[int, FrameKey] = {0: FrameKey(seed, _PLAIN)}
+
+    # --- reading -----------------------------------------------------------------------------
+    def raw(self, pfns: I64) -> U8:
+        """Return what the bus sees, uint8 (n, 4096): ciphertext for frames under a key.
+
+        Raises:
+            Poisoned: HW_POISON; a frame failed its integrity check before.
+        """
+        stored = self._host.stored.get(pfns)
+        bad = np.flatnonzero(stored == Stored.TAINTED)
+        if bad.size:
+            raise HW_POISON(
+                f"pfn {int(pfns[bad[0]]):#x} failed its integrity check", state="tainted",
+                page=f"pfn {int(pfns[bad[0]]):#x}", rule="tdx.md §6: poison is sticky",
+            )  # fmt: skip
+        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
+        there = np.flatnonzero(stored == Stored.BYTES)
+        if there.size:
+            out[there] = self._arena.read(pfns[there])
+        zeros = np.flatnonzero(stored == Stored.KEY_ZERO)
+        for key_id in np.unique(self._host.key.get(pfns[zeros])).tolist():
+            mask = zeros[self._host.key.get(pfns[zeros]) == key_id]
+            out[mask] = self.key(key_id).encrypt(pfns[mask], out[mask])
+        return out
+
+    def read(self, pfns: I64, key_id: int) -> tuple[U8, Bools]:
+        """Return what the owner of a key reads, uint8 (n, 4096), and which pages failed.
+
+        Pages fail under a key with integrity, when they were written under another key or
+        changed on the bus. They read as zeros.
+        """
+        key = self.key(key_id)
+        stored, keys = self._host.stored.get(pfns), self._host.key.get(pfns)
+        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
+        failed = stored == Stored.TAINTED
+        if key.spec.integrity:
+            failed |= keys != key_id
+        rest = ~failed & ~((stored == Stored.KEY_ZERO) & (keys == key_id))
+        at = np.flatnonzero(rest)
+        if at.size:
+            raw = self.raw(pfns[at])
+            if key.spec.integrity:
+                broken = key.mac(pfns[at], raw) != self._host.mac.get(pfns[at])
+                failed[at] |= broken
+                at, raw = at[~broken], raw[~broken]
+            out[at] = key.decrypt(pfns[at], raw)
+        return out, failed
+
+    # --- named byte operations ---------------------------------------------------------------
+    def perform(self, ops: list[ByteOp]) -> list[Contents]:
+        """Do the byte work of a transaction that is not recorded yet.
+
+        Only frames that nobody owns are written, so failing half-way loses nothing.
+
+        Raises:
+            Poisoned: HW_POISON; a source must not be copied from.
+            OSError: the system has no memory left.
+        """
+        return [contents for op in ops for contents in self._perform(op)]
+
+    def apply(self, tx: Tx, contents: list[Contents]) -> None:
+        """Write down what frames hold."""
+        host = self._host
+        for c in contents:
+            tx.put(host.stored, c.pfns, c.stored)
+            tx.put(host.key, c.pfns, c.key)
+            tx.put(host.mac, c.pfns, c.mac)
+            written = c.pfns[c.stored == Stored.BYTES]
+            tx.put(host.flags, written, host.flags.get(written) | ARENA)
+
+    def write_plan(self, pfns: I64, rows: U8, key_id: int) -> tuple[Contents, U8]:
+        """Return what whole-page writes under a key make of frames, and the bytes for the bus."""
+        key = self.key(key_id)
+        raw = key.encrypt(pfns, rows)
+        return Contents(pfns, _all(pfns, Stored.BYTES), key_id, key.mac(pfns, raw)), raw
+
+    def store_raw(self, pfns: I64, raw: U8) -> None:
+        """Put bytes on the bus, after their record is written."""
+        self._arena.write(pfns, raw)
+
+    def taint(self, tx: Tx, pfns: I64) -> None:
+        """Make failed frames fail from now on, until a full-line write."""
+        tx.put(self._host.stored, pfns, int(Stored.TAINTED))
+
+    def punch(self, pfns: I64) -> None:
+        """Free the arena's memory of frames whose content no longer counts."""
+        self._arena.punch(pfns)
+
+    def key(self, key_id: int) -> FrameKey:
+        """Return a key at work."""
+        key = self._keys.get(key_id)
+        if key is None:
+            spec: Any = self._host.keys[key_id]
+            key = self._keys[key_id] = FrameKey(self._seed, spec)
+        return key
+
+    def close(self) -> None:
+        """Let go of the arena and everything in it."""
+        self._arena.close()
+
+    def _perform(self, op: ByteOp) -> list[Contents]:
+        none = np.zeros(op.pfns.size, dtype=np.uint32)
+        if op.kind == "zero":
+            return [Contents(op.pfns, _all(op.pfns, Stored.KEY_ZERO), op.key_id, none)]
+        if op.kind == "scrub":
+            return [Contents(op.pfns, _all(op.pfns, Stored.RAW_ZERO), 0, none)]
+        if op.kind == "copy_in":
+            assert op.rows is not None
+            contents, raw = self.write_plan(op.pfns, op.rows, op.key_id)
+            self._arena.write(op.pfns, raw)
+            return [contents]
+        assert op.src is not None
+        return self._relocate(op.src, op.pfns, op.key_id)
+
+    def _relocate(self, src: I64, dst: I64, key_id: int) -> list[Contents]:
+        stored, keys = self._host.stored.get(src), self._host.key.get(src)
+        raw_zero = (stored == Stored.RAW_ZERO) & (key_id == 0)
+        shared = stored == Stored.SHARED
+        key_zero = (stored == Stored.KEY_ZERO) & (keys == key_id)
+        done = []
+        for mask, state, key in (
+            (raw_zero, Stored.RAW_ZERO, 0),
+            (shared, Stored.SHARED, 0),
+            (key_zero, Stored.KEY_ZERO, key_id),
+        ):
+            pfns = dst[mask]
+            done.append(Contents(pfns, _all(pfns, state), key, np.zeros(pfns.size, np.uint32)))
+        rest = ~(raw_zero | shared | key_zero)
+        if rest.any():
+            rows, failed = self.read(src[rest], key_id)
+            if failed.any():
+                pfn = int(src[rest][failed][0])
+                raise HW_POISON(
+                    f"pfn {pfn:#x} fails its integrity check and is not copied from",
+                    page=f"pfn {pfn:#x}", rule="reliability.md I13",
+                )  # fmt: skip
+            contents, raw = self.write_plan(dst[rest], rows, key_id)
+            self._arena.write(dst[rest], raw)
+            done.append(contents)
+        return [c for c in done if c.pfns.size]
+
+
+def _all(pfns: I64, state: Stored) -> U8:
+    return np.full(pfns.size, int(state), dtype=np.uint8)
