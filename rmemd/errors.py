@@ -16,6 +16,15 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+# numbers that Python's errno module lacks or spells by an alias
+_NUMBERS = {"EHWPOISON": 133}
+_NAMES = {133: "EHWPOISON", 95: "EOPNOTSUPP"}
+
+
+def errno_name(number: int) -> str:
+    """Return an errno's spelling as the kernel's, "" for 0."""
+    return _NAMES.get(number) or errno_names.errorcode.get(number, "")
+
 
 class Kind(Enum):
     """What sort of refusal a reason is; the value is the google.rpc.Code name it maps to."""
@@ -108,7 +117,7 @@ class Reason:
     @property
     def errno_name(self) -> str:
         """Return the errno's spelling, "" where there is none."""
-        return errno_names.errorcode.get(self.errno, "") if self.errno else ""
+        return errno_name(self.errno)
 
     def __call__(self, message: str, *, errno: int | None = None, **details: Any) -> RmemError:
         """Build the exception: ``message`` says what and where, ``details`` as in Details."""
@@ -141,7 +150,7 @@ class RmemError(Exception):
     @property
     def errno_name(self) -> str:
         """Return the errno's spelling, "" where there is none."""
-        return errno_names.errorcode.get(self.errno, "") if self.errno else ""
+        return errno_name(self.errno)
 
     def with_details(self, **changes: Any) -> RmemError:
         """Return the same refusal with some details added or replaced."""
@@ -206,7 +215,7 @@ _CLASSES: dict[Kind, type[RmemError]] = {
 
 
 def _reason(name: str, kind: Kind, errno: str, cause: str, remedy: str, source: str = "") -> Reason:
-    number = getattr(errno_names, errno) if errno else 0
+    number = (_NUMBERS.get(errno) or getattr(errno_names, errno)) if errno else 0
     return Reason(name, kind, number, cause, remedy, source)
 
 

@@ -71,6 +71,20 @@ class Registry:
             else:
                 self.found.append(Found(point.name, name, version))
 
+    def offer(self, consumer: str) -> Offer:
+        """Return what is offered under a consumer's full name.
+
+        Raises:
+            NotFound: NO_SUCH_CONSUMER.
+        """
+        offer = self.offers.get(consumer)
+        if offer is None:
+            known = ", ".join(sorted(self.offers)) or "none"
+            raise NO_SUCH_CONSUMER(
+                f"no consumer {consumer!r}; there are: {known}", field="consumer"
+            )
+        return offer
+
     def make(self, tx: Tx, vm: int, consumer: str, config: Mapping[str, str]) -> Consumer:
         """Make a VM's consumer.
 

@@ -44,8 +44,8 @@ class Stored(IntEnum):
     TAINTED = 4
 
 
-POISON = 1
-ARENA = 2
+POISON = np.uint8(1)
+ARENA = np.uint8(2)
 
 
 @dataclass(frozen=True)

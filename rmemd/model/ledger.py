@@ -63,7 +63,7 @@ class Ledger:
 
     def move(self, tx: Tx, src: I64, dst: I64) -> None:
         """Carry every entry's references over from frames to frames."""
-        for entry in self._all():
+        for entry in self.entries():
             mask = self.held(entry, src)
             if mask.any():
                 self.drop(tx, entry, src[mask])
@@ -72,7 +72,7 @@ class Ledger:
     def forget(self, tx: Tx, holder: str) -> I64:
         """Release everything that a holder has; return the frames it held."""
         frames = [np.empty(0, dtype=np.int64)]
-        for entry in self._all():
+        for entry in self.entries():
             if entry.holder != holder:
                 continue
             counts = self._counts(entry)
@@ -90,7 +90,7 @@ class Ledger:
 
     def holders_longterm(self, pfn: int) -> list[tuple[Holder, bool]]:
         """Return who holds a frame, each with whether it is a long-term pin."""
-        found = ((entry, self._counts(entry).at(pfn)) for entry in self._all())
+        found = ((entry, self._counts(entry).at(pfn)) for entry in self.entries())
         return [(Holder(entry.holder, entry.purpose, n), entry.longterm) for entry, n in found if n]
 
     def count(self, entry: Entry) -> int:
@@ -110,7 +110,8 @@ class Ledger:
         column = self._host.pins if entry.longterm else self._host.refs
         tx.put(column, pfns, column.get(pfns) + np.uint32(sign & 0xFFFFFFFF))
 
-    def _all(self) -> list[Entry]:
+    def entries(self) -> list[Entry]:
+        """Return every (holder, purpose) there is."""
         return [entry for entry, _ in self._entries.items()]
 
     def _counts(self, entry: Entry) -> Sparse:

@@ -21,6 +21,7 @@ from rmemd.store.memfd import Memfd
 from rmemd.units import I64, PAGE_SIZE, U8, U32, Bools
 
 _PLAIN = KeySpec(0, "host", plain=True)
+_SCRAMBLER = KeySpec(-1, "host")
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,18 @@ class Contents:
 
 
 class MemoryController:
-    """Bytes of frames: raw on the bus, plain for the owner of the key."""
+    """Bytes of frames: raw on the bus, plain for the owner of the key.
+
+    Attributes:
+        scrambler: makes the bytes that "destroyed" content reads as.
+    """
 
     def __init__(self, host: Host, seed: int) -> None:
         self._host = host
         self._seed = seed
         self._arena = Memfd("rmemd-arena", host.nframes)
         self._keys: dict[int, FrameKey] = {0: FrameKey(seed, _PLAIN)}
+        self.scrambler = FrameKey(seed, _SCRAMBLER)
 
     # --- reading -----------------------------------------------------------------------------
     def raw(self, pfns: I64) -> U8:

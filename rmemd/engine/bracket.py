@@ -1,0 +1,97 @@
+"""The invalidate bracket: start, change, end, on every VM that a range is bound to.
+
+Owns the only calls of invalidate_start and invalidate_end. Both run in the transaction of the
+change they enclose, so that every start has its end and a failure undoes both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmemd.engine import frames
+from rmemd.engine.core import Core
+from rmemd.hooks.tx import Tx
+from rmemd.hooks.types import Runs, Why
+from rmemd.model.files import RestrictedFile
+from rmemd.model.ledger import Entry
+from rmemd.model.vms import Vm
+from rmemd.units import I64
+
+
+@dataclass(frozen=True)
+class View:
+    """A range of guest frames of one VM."""
+
+    vm: Vm
+    gfn: int
+    npages: int
+
+
+def views_of(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> list[View]:
+    """Return the guest ranges that a file range is bound to; bindings are stable in between."""
+    return [
+        View(core.vms.get(binding.vm), binding.gfn + lo - binding.pgoff, n)
+        for binding, lo, n in file.bound(pgoff, npages)
+    ]
+
+
+@contextmanager
+def in_progress(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> Iterator[None]:
+    """Mark a file range, and every guest range it is bound to, while its bytes move."""
+    with ExitStack() as stack:
+        stack.enter_context(core.in_progress("file", file.info.file, pgoff, npages))
+        for view in views_of(core, file, pgoff, npages):
+            vm = view.vm.info.vm
+            stack.enter_context(core.in_progress("vm", vm, view.gfn, view.npages))
+        yield
+
+
+@contextmanager
+def invalidating(core: Core, tx: Tx, views: list[View], why: Why) -> Iterator[None]:
+    """Unmap the views, let the block change what it will, and end the bracket.
+
+    start(all) runs before the block, end(all) after it. An exception undoes the transaction, ends
+    included, so nothing was started either.
+    """
+    started = [(view, unmap(core, tx, view, why)) for view in views]
+    yield
+    for view, runs in started:
+        core.consumer(view.vm).call(tx, "invalidate_end", runs, why, True)
+
+
+def unmap(core: Core, tx: Tx, view: View, why: Why) -> Runs:
+    """Take what a view maps out of vendor and mirror; return the private runs that it had."""
+    core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
+    private, shared = view.vm.mapped(view.gfn, view.npages)
+    consumer = core.consumer(view.vm)
+    consumer.call(tx, "invalidate_start", private, why)
+    core.invalidated(view.vm.info.vm)
+    view.vm.clear(tx, private)
+    view.vm.clear(tx, shared)
+    if consumer.ops.unpin is not None and private.total:
+        _unpin(core, tx, view.vm, private)
+    return private
+
+
+def pin_entry(vm: Vm, purpose: str, longterm: bool) -> Entry:
+    """Return the ledger entry of a consumer's hold on its VM's mapped pages."""
+    return Entry(vm.info.label, purpose, longterm)
+
+
+def pin_entries(core: Core, vm: Vm) -> list[Entry]:
+    """Return the entries under which a VM's consumer may hold pages (its pin op names them)."""
+    return [e for e in core.ledger.entries() if e.holder == vm.info.label and e.purpose != FAULT]
+
+
+def _unpin(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:
+    kept = core.consumer(vm).call(tx, "unpin", runs)
+    pfns: I64 = runs.pfns()[~np.asarray(kept)]
+    for entry in pin_entries(core, vm):
+        frames.drop(core, tx, entry, pfns[core.ledger.held(entry, pfns)])
+
+
+FAULT = "fault"

@@ -1,0 +1,309 @@
+"""Conversion between private and shared, in both of Linux's ways.
+
+Owns KVM_SET_MEMORY_ATTRIBUTES (`attributes`: touches no bytes) and the file's own attributes
+(`in-place`: one frame serves either state, and the consumer says what it then holds).
+Source: restrictedmem.md §2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from rmemd.engine import frames
+from rmemd.engine.bracket import View, in_progress, invalidating, pin_entries, views_of
+from rmemd.engine.core import Core, Step, Steps, private_key
+from rmemd.engine.memory import mark_shared
+from rmemd.errors import (
+    ATTRIBUTES_UNSUPPORTED,
+    BAD_RANGE,
+    FOLIO_BUSY,
+    NOT_PAGE_ALIGNED,
+    OP_NOT_IMPLEMENTED_BY_CONSUMER,
+    UNKNOWN_FLAG,
+    WRONG_PERSONALITY,
+)
+from rmemd.hooks.tx import Tx
+from rmemd.hooks.types import Content, Runs, Why
+from rmemd.model.files import RestrictedFile
+from rmemd.model.host import ARENA, Stored, Use
+from rmemd.model.vms import ATTRIBUTE_PRIVATE, Vm
+from rmemd.store.controller import Contents
+from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, bytes_to_pages, is_page_aligned
+
+RULE = "restrictedmem.md §2: KVM_SET_MEMORY_ATTRIBUTES"
+RULE_IN_PLACE = "restrictedmem.md §2: in-place conversion"
+ENOTTY = 25
+# pages carried at once, so that the copy's memory is bounded
+CARRY_PAGES = 2048
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What an in-place conversion did: pages whose attribute changed, and what they hold."""
+
+    changed_pages: int
+    content: str
+
+
+def set_attributes(
+    core: Core, number: int, ranges: list[tuple[int, int, int]], flags: int
+) -> Steps[int]:
+    """Set attributes of byte ranges (gpa, size, attributes); return how many were so already.
+
+    Everything is checked before the first range is changed.
+    """
+    yield from ()
+    vm = core.vms.alive(number)
+    if vm.info.in_place:
+        raise WRONG_PERSONALITY(
+            f"{vm.info.label} converts in place: use the file's attributes", rule=RULE_IN_PLACE
+        )
+    for gpa, size, attributes in ranges:
+        _check(vm, flags, attributes, gpa, size)
+    unchanged = 0
+    for gpa, size, attributes in ranges:
+        private = attributes == ATTRIBUTE_PRIVATE
+        start, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
+        unchanged += yield from core.unit(partial(_set_range, core, number, start, npages, private))
+    return unchanged
+
+
+def _check(vm: Vm, flags: int, attributes: int, start: int, size: int) -> None:
+    if flags:
+        raise UNKNOWN_FLAG(f"flags {flags:#x}", field="flags", rule=RULE)
+    supported = ATTRIBUTE_PRIVATE if vm.info.private_memory else 0
+    if attributes & ~supported:
+        raise ATTRIBUTES_UNSUPPORTED(
+            f"attributes {attributes:#x}; {vm.info.label} supports {supported:#x}",
+            field="attributes", rule=RULE,
+        )  # fmt: skip
+    if size <= 0 or start < 0 or start + size > MAX_GFN * PAGE_SIZE:
+        raise BAD_RANGE(f"{start:#x}+{size:#x} is empty or wraps", field="size_bytes", rule=RULE)
+    if not is_page_aligned(start) or not is_page_aligned(size):
+        raise NOT_PAGE_ALIGNED(f"{start:#x}+{size:#x}", field="gpa", rule=RULE)
+
+
+def _set_range(core: Core, number: int, start: int, npages: int, private: bool) -> Steps[int]:
+    yield from ()
+    vm = core.vms.alive(number)
+    if vm.attributes.equals(start, npages, int(private)):
+        return 1
+    core.require_idle("vm", number, start, npages)
+    with core.tx("set attributes") as tx:
+        overlaps = not vm.slotmap.equals(start, npages, 0)
+        views = [View(vm, start, npages)] if overlaps else []
+        with invalidating(core, tx, views, Why.CONVERT):
+            tx.fill(vm.attributes, start, npages, int(private))
+        tx.emit("attributes_set", vm=number, gfn=start, npages=npages, private=private)
+    return 0
+
+
+# --- in place --------------------------------------------------------------------------------
+def convert_file(
+    core: Core, number: int, offset: int, size: int, attributes: int, flags: int
+) -> Steps[Converted]:
+    """Convert a byte range of a file in place: all of it or nothing."""
+    file = core.files.get(number)
+    vm = core.vms.alive(file.info.vm)
+    if not file.info.in_place:
+        raise WRONG_PERSONALITY(
+            f"{vm.info.label} converts by VM attributes", field="file", rule=RULE_IN_PLACE
+        )
+    _check(vm, flags, attributes, offset, size)
+    if offset + size > file.info.size_pages * PAGE_SIZE:
+        raise BAD_RANGE(f"{offset:#x}+{size:#x} is past the file", field="size_bytes")
+    start, npages = offset // PAGE_SIZE, bytes_to_pages(size)
+    private = attributes == ATTRIBUTE_PRIVATE
+    if core.consumer(vm).ops.convert is None:
+        raise OP_NOT_IMPLEMENTED_BY_CONSUMER(
+            f"{vm.info.consumer} has no convert: {vm.info.label} cannot convert in place",
+            errno=ENOTTY, rule=RULE_IN_PLACE,
+        )  # fmt: skip
+    done = yield from core.unit(
+        lambda: _convert(core, number, start, npages, private, by_guest=False)
+    )
+    yield from _discard(core, number, start, npages, private, done)
+    yield from core.scrub()
+    return done
+
+
+def convert_by_guest(core: Core, number: int, gfn: int, npages: int, private: bool) -> Steps[None]:
+    """Carry out what a guest call asked for (CallAction.CONVERT), without the invalidate pair."""
+    vm = core.vms.alive(number)
+    slot = vm.slot_at(gfn)
+    assert slot is not None, "guest calls are made on mapped pages"
+    start = gfn - slot.gfn + slot.pgoff
+    done = yield from core.unit(
+        lambda: _convert(core, slot.file, start, npages, private, by_guest=True)
+    )
+    yield from _discard(core, slot.file, start, npages, private, done)
+
+
+def _convert(
+    core: Core, number: int, start: int, npages: int, private: bool, by_guest: bool
+) -> Steps[Converted]:
+    file = core.files.get(number)
+    vm = core.vms.alive(file.info.vm)
+    if file.attributes.equals(start, npages, int(private)):
+        return Converted(0, "")
+    core.require_idle("file", number, start, npages)
+    views = [] if by_guest else views_of(core, file, start, npages)
+    for view in views:
+        core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
+    with core.tx("convert in place") as tx:
+        if private:
+            frames.charge_found(core, tx, file, start, npages)
+        present = file.frames.touched(start, npages)
+        changing = present[file.attributes.get(present) != int(private)]
+        pfns = np.asarray(file.frames.get(changing), dtype=np.int64) - 1
+        if private:
+            _require_unreferenced(core, vm, changing, pfns)
+        changed = npages - int(_count(file, start, npages, private))
+        with invalidating(core, tx, views, Why.CONVERT):
+            content = _ask(core, tx, vm, file, changing, pfns, private)
+            tx.fill(file.attributes, start, npages, int(private))
+        if by_guest:
+            _remap(core, tx, vm, file, changing, pfns, private)
+        if changing.size:
+            key = private_key(core, vm)
+            carry = partial(_carry, core, file, changing, pfns, private, content, key)
+            with in_progress(core, file, start, npages):
+                yield Step("convert", tx=tx, work=carry)
+            if private:
+                tx.put(core.host.use, pfns, int(Use.PRIVATE))
+            else:
+                mark_shared(core, tx, pfns)
+        tx.emit(
+            "range_converted", vm=vm.info.vm, file=number, pgoff=start, npages=npages,
+            private=private, content=content.value if changing.size else "",
+        )  # fmt: skip
+    return Converted(changed, content.value if changing.size else "")
+
+
+def _count(file: RestrictedFile, start: int, npages: int, private: bool) -> int:
+    _, counts, values = file.attributes.runs(start, npages)
+    return int(counts[values == int(private)].sum())
+
+
+def _ask(
+    core: Core, tx: Tx, vm: Vm, file: RestrictedFile, pgoffs: I64, pfns: I64, private: bool
+) -> Content:
+    """Ask the consumer what present pages hold afterwards; pages that are not bound keep all."""
+    if not pgoffs.size:
+        return Content.PRESERVED
+    gfns = np.full(pgoffs.size, -1, dtype=np.int64)
+    for binding, lo, n in file.bound(int(pgoffs[0]), int(pgoffs[-1] - pgoffs[0]) + 1):
+        mask = (pgoffs >= lo) & (pgoffs < lo + n)
+        gfns[mask] = pgoffs[mask] - binding.pgoff + binding.gfn
+    bound = gfns >= 0
+    runs = Runs.of_pages(gfns[bound], pfns[bound])
+    answer: Content = core.consumer(vm).call(tx, "convert", runs, private)
+    return answer
+
+
+def _require_unreferenced(core: Core, vm: Vm, pgoffs: I64, pfns: I64) -> None:
+    """To private needs refcount == nr_pages + 1: nobody but the page cache and the consumer."""
+    expected_refs = np.zeros(pfns.size, dtype=np.int64)
+    expected_pins = np.zeros(pfns.size, dtype=np.int64)
+    for entry in pin_entries(core, vm):
+        held = core.ledger.held(entry, pfns)
+        (expected_pins if entry.longterm else expected_refs)[held] += 1
+    extra = (core.host.refs.get(pfns) > expected_refs) | (core.host.pins.get(pfns) > expected_pins)
+    if extra.any():
+        at = int(np.flatnonzero(extra)[0])
+        raise FOLIO_BUSY(
+            f"pgoff {int(pgoffs[at]):#x} is referenced",
+            page=f"pgoff {int(pgoffs[at]):#x}", state="shared", rule=RULE_IN_PLACE,
+            holders=core.ledger.holders(int(pfns[at])), error_offset=int(pgoffs[at]) * PAGE_SIZE,
+        )  # fmt: skip
+
+
+def _remap(
+    core: Core, tx: Tx, vm: Vm, file: RestrictedFile, pgoffs: I64, pfns: I64, private: bool
+) -> None:
+    """A guest's own conversion leaves its mapping in place, in the other state."""
+    for binding, lo, n in file.bound(int(pgoffs[0]), int(pgoffs[-1] - pgoffs[0]) + 1):
+        mask = (pgoffs >= lo) & (pgoffs < lo + n)
+        gfns = pgoffs[mask] - binding.pgoff + binding.gfn
+        there = vm.mirror.get(gfns) != 0
+        vm.install(tx, Runs.of_pages(gfns[there], pfns[mask][there]), shared=not private)
+
+
+def _carry(
+    core: Core,
+    file: RestrictedFile,
+    pgoffs: I64,
+    pfns: I64,
+    private: bool,
+    content: Content,
+    key: int,
+) -> list[Contents]:
+    """Move bytes between arena and shared memfd, as the consumer's answer says."""
+    done = []
+    for at in range(0, pgoffs.size, CARRY_PAGES):
+        part = slice(at, at + CARRY_PAGES)
+        if private:
+            done.append(_to_private(core, file, pgoffs[part], pfns[part], content, key))
+        else:
+            _to_shared(core, file, pgoffs[part], pfns[part], content, key)
+    return done
+
+
+def _to_private(
+    core: Core, file: RestrictedFile, pgoffs: I64, pfns: I64, content: Content, key: int
+) -> Contents:
+    controller = core.controller
+    if content is Content.ZERO:
+        stored = np.full(pfns.size, int(Stored.KEY_ZERO), dtype=np.uint8)
+        return Contents(pfns, stored, key, np.zeros(pfns.size, dtype=np.uint32))
+    if content is Content.DESTROYED:
+        rows, under = scramble(core, pfns), 0
+    else:
+        rows = core.shared_memory(file).read(pgoffs)
+        under = key if content is Content.PRESERVED else 0
+    contents, raw = controller.write_plan(pfns, rows, under)
+    controller.store_raw(pfns, raw)
+    return contents
+
+
+def _to_shared(
+    core: Core, file: RestrictedFile, pgoffs: I64, pfns: I64, content: Content, key: int
+) -> None:
+    shared = core.shared_memory(file)
+    if content is Content.ZERO:
+        shared.punch(pgoffs)
+    elif content is Content.DESTROYED:
+        shared.write(pgoffs, scramble(core, pfns))
+    elif content is Content.NOISE:
+        shared.write(pgoffs, core.controller.raw(pfns))
+    else:
+        rows, _ = core.controller.read(pfns, key)
+        shared.write(pgoffs, rows)
+
+
+def scramble(core: Core, pfns: I64) -> U8:
+    """Return bytes that nobody can have expected: what "destroyed" content reads as."""
+    zeros = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
+    return core.controller.scrambler.encrypt(pfns + (core.journal.revision << 32), zeros)
+
+
+def _discard(
+    core: Core, number: int, start: int, npages: int, private: bool, done: Converted
+) -> Steps[None]:
+    """Destroy, after the record, the copy of the bytes in the half that no longer counts."""
+    if not done.content:
+        return
+    file = core.files.get(number)
+    present = file.frames.touched(start, npages)
+    with in_progress(core, file, start, npages):
+        if private:
+            yield Step("convert: discard", work=partial(core.shared_memory(file).punch, present))
+            return
+        pfns = np.asarray(file.frames.get(present), dtype=np.int64) - 1
+        dirty = pfns[(core.host.flags.get(pfns) & ARENA) != 0]
+        yield Step("convert: discard", work=partial(core.controller.punch, dirty))
+        with core.tx("convert: discard") as tx:
+            tx.put(core.host.flags, dirty, core.host.flags.get(dirty) & ~ARENA)

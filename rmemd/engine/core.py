@@ -1,0 +1,320 @@
+"""The engine's core: the lock, transactions, steps and what a range in progress means.
+
+Owns ``Core``, which every operation is written against. An operation is a generator: it runs under
+the lock and yields a ``Step`` where the lock may be let go: to move bytes, to let others in, or to
+wait. ``Core.run`` drains one; a simulation could interleave several, and a test can hold one
+between two steps.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from rmemd.consumers.guard import Consumer, Guard
+from rmemd.consumers.registry import Registry
+from rmemd.engine.faultrules import FaultRules
+from rmemd.engine.journal import Journal
+from rmemd.errors import NO_SUCH_VM
+from rmemd.hooks.tables import Space
+from rmemd.hooks.tx import Held, Tx
+from rmemd.model.buddy import give
+from rmemd.model.files import Files, RestrictedFile
+from rmemd.model.host import ARENA, Host
+from rmemd.model.ledger import Ledger
+from rmemd.model.vms import Vm, Vms
+from rmemd.store.controller import Contents, MemoryController
+from rmemd.store.memfd import Memfd
+from rmemd.units import I64
+
+T = TypeVar("T")
+# byte work up to this many pages is done under the lock: letting go would cost more
+INLINE_PAGES = 8
+
+
+@dataclass
+class Step:
+    """A place where the lock may be let go.
+
+    ``tx`` set: its byte operations (and ``work``, which answers with contents) are done without
+    the lock, with the transaction suspended. ``work`` alone: done without the lock. Neither: a
+    pause, named so that a test can hold the operation there. ``wait``: wait until something
+    changed.
+    """
+
+    name: str
+    tx: Tx | None = None
+    work: Callable[[], list[Contents] | None] | None = None
+    wait: bool = False
+
+
+Steps = Generator[Step, None, T]
+
+
+class Retry(Exception):
+    """The range is in progress elsewhere: undo, wait until something changed, begin again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an engine is made with.
+
+    Attributes:
+        binding_overlap_errno: EEXIST (17) as Linux 7.2, or EINVAL (22) as up to 7.1.
+        inline_pages: byte work up to this many pages is done under the lock.
+        kept_records: journal records kept in memory, None for all.
+    """
+
+    nframes: int
+    nnodes: int = 1
+    seed: int = 0
+    binding_overlap_errno: int = 22
+    inline_pages: int = INLINE_PAGES
+    kept_records: int | None = 4096
+
+
+@dataclass
+class _Ranges:
+    """Ranges in progress of one VM or file, and its invalidate sequence."""
+
+    busy: list[tuple[int, int]] = field(default_factory=list)
+    sequence: int = 0
+
+
+class Core:
+    """State, stores and the rules by which they are changed."""
+
+    def __init__(self, options: Options, guard: Guard) -> None:
+        self.options = options
+        self.space = Space()
+        self.journal = Journal(options.kept_records)
+        self.rules = FaultRules()
+        self.guard = guard
+        self.consumers: dict[int, Consumer] = {}
+        self.running: set[tuple[int, int]] = set()
+        self.draining = False
+        self.hold: Callable[[str], None] | None = None
+        self._changed = threading.Condition(threading.RLock())
+        self._ranges: dict[tuple[str, int], _Ranges] = {}
+        self._scrub: list[I64] = []
+        self._shared: dict[int, Memfd] = {}
+        self.registry = Registry(self.space, guard, self)
+        tx = Tx(self.space, "start")
+        self.host = Host(self.space, tx, options.nframes, options.nnodes)
+        self.ledger = Ledger(self.host, tx)
+        self.files = Files(self.space, tx)
+        self.vms = Vms(self.space, tx)
+        self.registry.load_installed(tx, options.nframes)
+        self.journal.append(tx)
+        self.controller = MemoryController(self.host, options.seed)
+
+    # --- running operations ------------------------------------------------------------------
+    def run(self, operation: Callable[[], Steps[T]]) -> T:
+        """Run an operation to its end and return its result."""
+        with self._changed:
+            steps = operation()
+            try:
+                step = next(steps)
+                while True:
+                    step = self._take(steps, step)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            finally:
+                steps.close()
+                self._changed.notify_all()
+
+    def read(self, query: Callable[[], T]) -> tuple[int, T]:
+        """Run a query under the lock; return the revision it saw, and its result."""
+        with self._changed:
+            return self.journal.revision, query()
+
+    def wait_for_revision(self, revision: int, timeout: float) -> int:
+        """Wait until the revision is past ``revision``; return the present one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.journal.revision > revision, timeout)
+            return self.journal.revision
+
+    def wake(self) -> None:
+        """Have everybody who waits look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _take(self, steps: Steps[T], step: Step) -> Step:
+        try:
+            if step.tx is not None:
+                self._move_bytes(step)
+            elif step.wait:
+                self._changed.wait()
+            else:
+                with self._unlocked():
+                    if self.hold is not None:
+                        self.hold(step.name)
+                    if step.work is not None:
+                        step.work()
+        except Exception as error:
+            return steps.throw(error)
+        return steps.send(None)
+
+    def _move_bytes(self, step: Step) -> None:
+        tx, ops = step.tx, step.tx.byte_ops if step.tx is not None else []
+        assert tx is not None
+        pages = sum(op.pfns.size for op in ops)
+        if step.work is None and pages <= self.options.inline_pages and self.hold is None:
+            self.controller.apply(tx, self.controller.perform(ops))
+            return
+        tx.suspend()
+        with self._unlocked():
+            if self.hold is not None:
+                self.hold(step.name)
+            contents = self.controller.perform(ops)
+            if step.work is not None:
+                contents += step.work() or []
+        tx.resume()
+        self.controller.apply(tx, contents)
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        self._changed.notify_all()
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+
+    # --- transactions ------------------------------------------------------------------------
+    @contextmanager
+    def tx(self, label: str) -> Iterator[Tx]:
+        """Open a transaction; commit it at the end of the block, undo it on any exception."""
+        tx = Tx(self.space, label)
+        try:
+            yield tx
+            self._freeze_overdue(tx)
+        except BaseException:
+            if tx in self.space.holders:
+                tx.release()
+            else:
+                tx.rollback()
+            raise
+        if tx.redo or tx.events:
+            self.journal.append(tx)
+        self._scrub.extend(tx.freed)
+
+    def unit(self, make: Callable[[], Steps[T]]) -> Steps[T]:
+        """Run one transaction's steps, again from the start while others are in its way."""
+        while True:
+            try:
+                return (yield from make())
+            except (Held, Retry):
+                yield Step("wait", wait=True)
+
+    def scrub(self) -> Steps[None]:
+        """Destroy the bytes of frames whose freeing is recorded, then give the frames back."""
+        while self._scrub:
+            pfns = self._scrub.pop()
+            yield Step("scrub", work=partial(self.controller.punch, pfns))
+            with self.tx("scrub") as tx:
+                tx.put(self.host.flags, pfns, self.host.flags.get(pfns) & ~ARENA)
+                give(self.host, tx, pfns)
+
+    def _freeze_overdue(self, tx: Tx) -> None:
+        while self.guard.overdue:
+            vm, where, took = self.guard.overdue.pop()
+            if self.vms.exists(vm) and self.vms.get(vm).info.state != "dead":
+                text = f"{where} took {took:.1f} s"
+                self.vms.update(tx, self.vms.get(vm), state="frozen", dead_reason=text)
+                tx.emit("vm_frozen", vm=vm, reason=text)
+
+    # --- ranges in progress ------------------------------------------------------------------
+    @contextmanager
+    def in_progress(self, kind: str, number: int, start: int, npages: int) -> Iterator[None]:
+        """Mark a range of a "vm" or "file"; faults and accesses that meet it retry."""
+        ranges = self._ranges.setdefault((kind, number), _Ranges())
+        ranges.busy.append((start, start + npages))
+        try:
+            yield
+        finally:
+            ranges.busy.remove((start, start + npages))
+            ranges.sequence += 1
+            self._changed.notify_all()
+
+    def is_in_progress(self, kind: str, number: int, start: int, npages: int) -> bool:
+        """Return whether a range meets one in progress."""
+        ranges = self._ranges.get((kind, number))
+        return ranges is not None and any(
+            lo < start + npages and start < hi for lo, hi in ranges.busy
+        )
+
+    def require_idle(self, kind: str, number: int, start: int, npages: int) -> None:
+        """Have the operation wait while a range is in progress."""
+        if self.is_in_progress(kind, number, start, npages):
+            raise Retry
+
+    def sequence(self, vm: int) -> int:
+        """Return the VM's invalidate sequence (mmu_invalidate_seq)."""
+        return self._ranges.setdefault(("vm", vm), _Ranges()).sequence
+
+    def invalidated(self, vm: int) -> None:
+        """Count an invalidation, so that a fault that looked its page up before retries."""
+        self._ranges.setdefault(("vm", vm), _Ranges()).sequence += 1
+
+    # --- objects beside the tables -----------------------------------------------------------
+    def consumer(self, vm: Vm) -> Consumer:
+        """Return a VM's consumer."""
+        return self.consumers[vm.info.vm]
+
+    def shared_memory(self, file: RestrictedFile) -> Memfd:
+        """Return a file's shared memfd, made when it is first needed."""
+        number = file.info.file
+        if number not in self._shared:
+            self._shared[number] = Memfd(f"rmemd-file-{number}", file.info.size_pages)
+        return self._shared[number]
+
+    def has_shared_memory(self, file: RestrictedFile) -> bool:
+        """Return whether anything was ever shared of a file."""
+        return file.info.file in self._shared
+
+    def forget_shared_memory(self, file: int) -> None:
+        """Close a file's shared memfd; what clients have mapped stays theirs."""
+        memfd = self._shared.pop(file, None)
+        if memfd is not None:
+            memfd.close()
+
+    def close(self) -> None:
+        """Let go of every memfd."""
+        for file in list(self._shared):
+            self.forget_shared_memory(file)
+        self.controller.close()
+
+    # --- what hooks may ask ------------------------------------------------------------------
+    def kick(self, tx: Tx, vm: int) -> None:
+        """Have the VM's vCPUs leave the guest; they stand between two steps, so at once."""
+        from rmemd.engine.vcpu import leave_all
+
+        leave_all(self, tx, self.vms.get(vm))
+
+    def vcpu_count(self, vm: int) -> int:
+        """Count the VM's vCPUs."""
+        if not self.vms.exists(vm):
+            raise NO_SUCH_VM(f"vm/{vm} does not exist")
+        return len(self.vms.get(vm).vcpus)
+
+    def injected(self, tx: Tx, vm: int, point: str) -> str:
+        """Return what a fault rule says should go wrong at a point now."""
+        return self.rules.passage(vm, point)
+
+
+def kill(core: Core, tx: Tx, vm: Vm, reason: str) -> None:
+    """Mark a VM dead (kvm_vm_dead): from now on it can only be destroyed."""
+    core.vms.update(tx, vm, state="dead", dead_reason=reason)
+    tx.emit("vm_died", vm=vm.info.vm, reason=reason)
+
+
+def private_key(core: Core, vm: Vm) -> int:
+    """Return the key that the VM's private accesses go through."""
+    key: Any = core.host.vm_keys.get(vm.info.vm, 0)
+    return int(key)

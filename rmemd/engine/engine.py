@@ -1,0 +1,238 @@
+"""The engine's door: every operation as one method, drained to its end.
+
+Owns nothing but the list. Each method says which progress it makes (ALL, PREFIX or EACH), raises
+RmemError and nothing else of its own, and is safe to call from any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from rmemd.consumers.guard import Guard
+from rmemd.engine import compact, convert, lifecycle, memory, physical, populate, queries, vcpu
+from rmemd.engine.compact import Compacted, Offlined
+from rmemd.engine.convert import Converted
+from rmemd.engine.core import Core, Options
+from rmemd.engine.faultrules import Rule
+from rmemd.engine.migrate import Report, migrate
+from rmemd.engine.physical import Poisoned
+from rmemd.engine.populate import PreFaulted
+from rmemd.engine.programme import Instruction
+from rmemd.engine.queries import Page
+from rmemd.engine.vcpu import Exited
+from rmemd.errors import BAD_NODE
+from rmemd.hooks.types import Agent
+from rmemd.model.files import Policy, RestrictedFile
+from rmemd.model.vms import Vm
+from rmemd.units import I64
+
+T = TypeVar("T")
+
+
+class Engine:
+    """A host with its VMs. ``core`` is there for queries and tests."""
+
+    def __init__(self, options: Options, guard: Guard) -> None:
+        self.core = Core(options, guard)
+
+    @property
+    def revision(self) -> int:
+        """Return the revision of the last committed transaction."""
+        return self.core.journal.revision
+
+    def read(self, query: Callable[[Core], T]) -> tuple[int, T]:
+        """Run a query under the lock; return the revision it saw, and its result."""
+        return self.core.read(lambda: query(self.core))
+
+    def close(self) -> None:
+        """Let go of every memfd."""
+        self.core.close()
+
+    # --- VMs ---------------------------------------------------------------------------------
+    def create_vm(
+        self,
+        consumer: str,
+        in_place: bool | None = None,
+        config: Mapping[str, str] | None = None,
+        memlock_pages: int = 0,
+        name: str = "",
+    ) -> Vm:
+        """Make a VM. ALL."""
+        return self.core.run(
+            lambda: lifecycle.create_vm(
+                self.core, consumer, in_place, config or {}, memlock_pages, name
+            )
+        )
+
+    def destroy_vm(self, vm: int) -> None:
+        """Destroy a VM; its files live on. ALL."""
+        self.core.run(lambda: lifecycle.destroy_vm(self.core, vm))
+
+    def set_memory_region(
+        self,
+        vm: int,
+        slot: int,
+        flags: int,
+        gpa: int,
+        size: int,
+        file: int = 0,
+        offset: int = 0,
+        userspace_addr: int = 0,
+    ) -> None:
+        """Add, change or (size 0) delete a memslot. ALL."""
+        self.core.run(
+            lambda: lifecycle.set_memory_region(
+                self.core, vm, slot, flags, gpa, size, userspace_addr, file, offset
+            )
+        )
+
+    def set_attributes(self, vm: int, ranges: list[tuple[int, int, int]], flags: int = 0) -> int:
+        """Set attributes of ranges (gpa, size, attributes); return how many were so. ALL each."""
+        return self.core.run(lambda: convert.set_attributes(self.core, vm, ranges, flags))
+
+    def populate(
+        self, vm: int, gpa: int, source: bytes, kind: int = 1, measure: bool = True
+    ) -> int:
+        """Take initial pages in; return how many. PREFIX."""
+        return self.core.run(lambda: populate.populate(self.core, vm, gpa, source, kind, measure))
+
+    def finalize(self, vm: int) -> bytes:
+        """Close the measurement and return it. ALL."""
+        return self.core.run(lambda: populate.finalize(self.core, vm))
+
+    def pre_fault(self, vm: int, gpa: int, size: int, traced: bool = False) -> PreFaulted:
+        """Fault a guest range in. PREFIX."""
+        return self.core.run(lambda: populate.pre_fault(self.core, vm, gpa, size, traced))
+
+    # --- vCPUs -------------------------------------------------------------------------------
+    def create_vcpu(self, vm: int, index: int) -> None:
+        """Make a vCPU. ALL."""
+        self.core.run(lambda: lifecycle.create_vcpu(self.core, vm, index))
+
+    def set_programme(
+        self, vm: int, index: int, programme: tuple[Instruction, ...], lazy_accept: bool = False
+    ) -> None:
+        """Give a vCPU a programme. ALL."""
+        self.core.run(lambda: vcpu.set_programme(self.core, vm, index, programme, lazy_accept))
+
+    def run_vcpu(
+        self,
+        vm: int,
+        index: int,
+        answer: int = 0,
+        max_instructions: int = 0,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Exited:
+        """Run a vCPU until it exits. PREFIX: what was executed stays."""
+        return self.core.run(
+            lambda: vcpu.run(self.core, vm, index, answer, max_instructions, cancelled)
+        )
+
+    # --- files -------------------------------------------------------------------------------
+    def create_file(self, vm: int, size_bytes: int, flags: int = 0) -> RestrictedFile:
+        """Make a restricted file. ALL."""
+        return self.core.run(lambda: memory.create(self.core, vm, size_bytes, flags))
+
+    def close_file(self, file: int) -> int:
+        """Close a file; return the pages freed. ALL."""
+        return self.core.run(lambda: memory.close(self.core, file))
+
+    def fallocate(self, file: int, mode: int, offset: int, length: int) -> int:
+        """Allocate (PREFIX) or punch (ALL); return the pages that changed."""
+        return self.core.run(lambda: memory.fallocate(self.core, file, mode, offset, length))
+
+    def convert_file(
+        self, file: int, offset: int, size: int, attributes: int, flags: int = 0
+    ) -> Converted:
+        """Convert in place. ALL."""
+        return self.core.run(
+            lambda: convert.convert_file(self.core, file, offset, size, attributes, flags)
+        )
+
+    def read_shared(self, file: int, offset: int, length: int) -> bytes:
+        """Read through the host's mapping. ALL."""
+        return self.core.run(lambda: memory.read_shared(self.core, file, offset, length))
+
+    def write_shared(self, file: int, offset: int, data: bytes) -> None:
+        """Write through the host's mapping. ALL."""
+        self.core.run(lambda: memory.write_shared(self.core, file, offset, data))
+
+    def set_policy(
+        self, file: int, offset: int, length: int, policy: int, nodes: tuple[int, ...]
+    ) -> None:
+        """Store a NUMA policy. ALL."""
+        self.core.run(lambda: memory.set_policy(self.core, file, offset, length, policy, nodes))
+
+    def get_policy(self, file: int, offset: int) -> Policy:
+        """Read the NUMA policy at an offset."""
+        return self.read(lambda core: memory.get_policy(core, file, offset))[1]
+
+    def pin(self, file: int, offset: int, length: int, purpose: str, holder: str) -> int:
+        """Pin pages as DMA does; return the handle. ALL."""
+        return self.core.run(lambda: memory.pin(self.core, file, offset, length, purpose, holder))
+
+    def unpin(self, handle: int) -> None:
+        """Let a pin go. ALL."""
+        self.core.run(lambda: memory.unpin(self.core, handle))
+
+    # --- the host ----------------------------------------------------------------------------
+    def read_physical(self, pfn: int, npages: int, agent: Agent, bus: bool = False) -> bytes:
+        """Read frames as the host would. ALL."""
+        return self.core.run(lambda: physical.read(self.core, pfn, npages, agent, bus))
+
+    def write_physical(self, pfn: int, data: bytes, agent: Agent, bus: bool = False) -> None:
+        """Write frames as the host would. ALL."""
+        self.core.run(lambda: physical.write(self.core, pfn, data, agent, bus))
+
+    def copy_physical(
+        self, src: int, dst: int, npages: int, agent: Agent, bus: bool = False
+    ) -> None:
+        """Copy raw bytes between frames. ALL."""
+        self.core.run(lambda: physical.copy(self.core, src, dst, npages, agent, bus))
+
+    def poison(self, pfn: int) -> Poisoned:
+        """Poison a frame. ALL."""
+        return self.core.run(lambda: physical.poison(self.core, pfn))
+
+    def migrate(self, pfns: I64, node: int | None = None) -> Report:
+        """Move the pages on frames elsewhere. EACH."""
+        nodes = self._nodes(node)
+        report = Report()
+        wanted = np.unique(np.asarray(pfns, dtype=np.int64))
+        self.core.run(lambda: migrate(self.core, wanted, nodes, report))
+        return report
+
+    def compact(self, node: int) -> Compacted:
+        """Compact a node. EACH."""
+        return self.core.run(lambda: compact.compact(self.core, node))
+
+    def offline(self, pfn: int, npages: int) -> Offlined:
+        """Empty frames and take them out of use. EACH."""
+        return self.core.run(lambda: compact.offline(self.core, pfn, npages))
+
+    def online(self, pfn: int, npages: int) -> int:
+        """Give offlined frames back. ALL."""
+        return self.core.run(lambda: compact.online(self.core, pfn, npages))
+
+    def page(self, pfn: int) -> tuple[int, Page]:
+        """Return the revision and one page's whole story."""
+        return self.read(lambda core: queries.page(core, pfn))
+
+    def add_fault_rule(self, vm: int, point: str, error: str, nth: int, times: int) -> Rule:
+        """Make a point go wrong. ALL."""
+        return self.read(lambda core: core.rules.add(vm, point, error, nth, times))[1]
+
+    def remove_fault_rule(self, rule: int) -> None:
+        """Remove a fault rule. ALL."""
+        self.read(lambda core: core.rules.remove(rule))
+
+    def _nodes(self, node: int | None) -> tuple[int, ...]:
+        every = tuple(n.node for n in self.core.host.nodes)
+        if node is None:
+            return every
+        if node not in every:
+            raise BAD_NODE(f"no node {node}", field="node")
+        return (node,)

@@ -1,0 +1,244 @@
+"""Guest faults: from a guest frame without a mapping to one with it.
+
+Owns KVM's fault protocol: sample the invalidate sequence, look the page up with a reference,
+start again if an invalidation came between, install the mapping, drop the reference. Vendors are
+asked for private pages only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rmemd.engine import frames
+from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
+from rmemd.engine.core import Core, Step, Steps
+from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT
+from rmemd.hooks.tx import Tx
+from rmemd.hooks.types import Pin, Runs, Why
+from rmemd.model.files import RestrictedFile
+from rmemd.model.ledger import Entry
+from rmemd.model.vms import Slot, Vm, unpack
+from rmemd.units import I64, Bools, pages
+
+LOST_RACE = "lost_race"
+
+
+@dataclass
+class Trace:
+    """What a fault did to its first page's references: (step, references, pins)."""
+
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+
+    def note(self, core: Core, step: str, pfn: int) -> None:
+        """Record the page's counts; the page cache's own reference is one."""
+        host = core.host
+        cached = int(host.owner.at(pfn) != 0)
+        self.steps.append((step, cached + host.refs.at(pfn), host.pins.at(pfn)))
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Pages looked up, and what is held until they are mapped."""
+
+    runs: Runs
+    private: bool
+    sequence: int
+    pin: Pin | None
+    held: Entry
+
+
+def file_of(core: Core, vm: Vm, slot: Slot, gfn: int, private: bool) -> RestrictedFile:
+    """Return the file behind a slot.
+
+    Raises:
+        Refused: MEMORY_FAULT for a private page in a slot without a restricted file; FILE_GONE.
+    """
+    if private and not slot.restricted:
+        raise MEMORY_FAULT(
+            f"gfn {gfn:#x} of {vm.info.label} is private; slot {slot.slot} has no restricted file",
+            page=f"gfn {gfn:#x}", state="private", rule="restrictedmem.md §2: MEMORY_FAULT",
+        )  # fmt: skip
+    if not core.files.exists(slot.file):
+        raise FILE_GONE(
+            f"the file of slot {slot.slot} of {vm.info.label} was closed",
+            page=f"gfn {gfn:#x}", state="file gone", rule="restrictedmem.md §2: get_pfn",
+        )  # fmt: skip
+    return core.files.get(slot.file)
+
+
+def is_private(core: Core, vm: Vm, gfns: I64, slot: Slot | None) -> Bools:
+    """Return which guest frames are private, by the VM's attributes or, in place, the file's."""
+    if not vm.info.in_place:
+        private: Bools = vm.attributes.get(gfns) == 1
+        return private
+    if slot is None or not slot.restricted or not core.files.exists(slot.file):
+        return np.zeros(gfns.size, dtype=np.bool_)
+    file = core.files.get(slot.file)
+    private = file.attributes.get(gfns - slot.gfn + slot.pgoff) == 1
+    return private
+
+
+def unmapped(vm: Vm, gfn: int, npages: int) -> I64:
+    """Return the guest frames of a range that the mirror does not map."""
+    gfns = pages(gfn, npages)
+    pfns, _ = unpack(vm.mirror.get(gfns))
+    return gfns[pfns < 0]
+
+
+def fault(
+    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None = None
+) -> Steps[int]:
+    """Map guest frames (of one slot, one state, none mapped); return how often it began again.
+
+    Look-up and installation are one transaction, unless somebody may come between them: a test
+    that holds operations, or a fault rule at "lost_race". Then they are two, as in KVM.
+
+    Raises:
+        RmemError: the look-up or a hook refused; nothing is mapped and nothing is held.
+    """
+    if core.hold is None and not core.rules.waits(vm_id, LOST_RACE):
+        yield from core.unit(lambda: _fault_at_once(core, vm_id, slot, gfns, private, trace))
+        return 0
+    retries = 0
+    while not (yield from _fault_in_two(core, vm_id, slot, gfns, private, trace)):
+        retries += 1
+    return retries
+
+
+def _fault_at_once(
+    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
+) -> Steps[None]:
+    yield from ()
+    with core.tx("fault") as tx:
+        found = _look_up(core, tx, vm_id, slot, gfns, private, trace)
+        _install(core, tx, vm_id, found, trace)
+
+
+def _fault_in_two(
+    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
+) -> Steps[bool]:
+    def first() -> Steps[Lookup]:
+        yield from ()
+        with core.tx("fault: look up") as tx:
+            return _look_up(core, tx, vm_id, slot, gfns, private, trace)
+
+    def second() -> Steps[bool]:
+        yield from ()
+        if _lost_race(core, vm_id, found):
+            return False
+        with core.tx("fault: install") as tx:
+            _install(core, tx, vm_id, found, trace)
+        return True
+
+    found = yield from core.unit(first)
+    yield Step("fault: looked up")
+    if core.rules.passage(vm_id, LOST_RACE):
+        yield from core.unit(lambda: _invalidate(core, vm_id, gfns))
+    try:
+        installed = yield from core.unit(second)
+    except Exception:
+        yield from core.unit(lambda: _let_go(core, found, trace=None))
+        raise
+    if not installed:
+        yield from core.unit(lambda: _let_go(core, found, trace))
+    return installed
+
+
+def _look_up(
+    core: Core, tx: Tx, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
+) -> Lookup:
+    vm = core.vms.alive(vm_id)
+    core.require_idle("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+    file = file_of(core, vm, slot, int(gfns[0]), private)
+    pfns = frames.find(core, tx, file, gfns - slot.gfn + slot.pgoff, private)
+    if trace is not None and not trace.steps:
+        trace.note(core, "present", int(pfns[0]))
+    runs = Runs.of_pages(gfns, pfns)
+    consumer = core.consumer(vm)
+    pin = None
+    if private and consumer.ops.pin is not None:
+        pin = consumer.call(tx, "pin", runs)
+    if pin is not None and pin.longterm:
+        # the long-term pin is itself the look-up's reference (pin_user_pages)
+        _charge(core, vm, pin, pfns.size)
+        held = pin_entry(vm, pin.purpose, True)
+    else:
+        held = Entry(vm.info.label, FAULT, False)
+    core.ledger.hold(tx, held, pfns)
+    if private and consumer.ops.prepare is not None:
+        consumer.call(tx, "prepare", runs)
+    if trace is not None:
+        trace.note(core, "lookup", int(pfns[0]))
+    return Lookup(runs, private, core.sequence(vm_id), pin, held)
+
+
+def _lost_race(core: Core, vm_id: int, found: Lookup) -> bool:
+    vm = core.vms.alive(vm_id)
+    gfns = found.runs.gfns()
+    return (
+        core.sequence(vm_id) != found.sequence
+        or core.is_in_progress("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+        or bool((vm.mirror.get(gfns) != 0).any())
+    )
+
+
+def _install(core: Core, tx: Tx, vm_id: int, found: Lookup, trace: Trace | None) -> None:
+    vm = core.vms.alive(vm_id)
+    gfns, pfns = found.runs.gfns(), found.runs.pfns()
+    consumer = core.consumer(vm)
+    longterm = found.pin is not None and found.pin.longterm
+    if found.private and consumer.ops.map is not None:
+        consumer.call(tx, "map", found.runs)
+    vm.install(tx, found.runs, shared=not found.private)
+    if found.pin is not None and not longterm:
+        core.ledger.hold(tx, pin_entry(vm, found.pin.purpose, False), pfns)
+    if trace is not None:
+        trace.note(core, "installed", int(pfns[0]))
+    if not longterm:
+        frames.drop(core, tx, found.held, pfns)
+    if trace is not None:
+        trace.note(core, "released", int(pfns[0]))
+    tx.emit("mapped", vm=vm_id, gfn=int(gfns[0]), npages=gfns.size, private=found.private)
+
+
+def _let_go(core: Core, found: Lookup, trace: Trace | None) -> Steps[None]:
+    yield from ()
+    with core.tx("fault: lost race") as tx:
+        frames.drop(core, tx, found.held, found.runs.pfns())
+        if trace is not None:
+            trace.note(core, "lost race", int(found.runs.pfn[0]))
+
+
+def _invalidate(core: Core, vm_id: int, gfns: I64) -> Steps[None]:
+    yield from ()
+    vm = core.vms.get(vm_id)
+    view = View(vm, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+    with core.tx("invalidate") as tx, invalidating(core, tx, [view], Why.CONVERT):
+        pass
+
+
+def _charge(core: Core, vm: Vm, pin: Pin, npages: int) -> None:
+    limit = vm.info.memlock_pages
+    locked = core.ledger.count(pin_entry(vm, pin.purpose, True))
+    if limit and locked + npages > limit:
+        raise MEMLOCK(
+            f"{vm.info.label} has {locked} pages locked of {limit}; {npages} more asked for",
+            state=f"{locked} pages locked", rule="pkvm.md §2: locked_vm, RLIMIT_MEMLOCK",
+        )  # fmt: skip
+
+
+def locked_pages(core: Core, vm: Vm) -> int:
+    """Return how many pages are charged to the VM's locked memory."""
+    entries = [e for e in core.ledger.entries() if e.holder == vm.info.label and e.longterm]
+    return sum(core.ledger.count(entry) for entry in entries)
+
+
+def map_now(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:
+    """Enter private runs that a vendor has mapped already (populate), with its pin."""
+    consumer = core.consumer(vm)
+    if consumer.ops.pin is not None:
+        pin = consumer.call(tx, "pin", runs)
+        core.ledger.hold(tx, pin_entry(vm, pin.purpose, pin.longterm), runs.pfns())
+    vm.install(tx, runs, shared=False)

@@ -1,0 +1,119 @@
+"""Guest calls: accept, validate, share and the like, put to the vendor.
+
+Owns what the engine does with each answer: fault pages in and ask again, exit to the VMM, convert
+in place, or hand the status to the guest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rmemd.engine.convert import convert_by_guest
+from rmemd.engine.core import Core, Steps
+from rmemd.engine.guestmemory import CHUNK_PAGES, FAULTS_MAX, Span, Stop, attribute_stop, fault_stop
+from rmemd.engine.populate import fault_in
+from rmemd.engine.programme import CALLS, Instruction
+from rmemd.errors import RmemError
+from rmemd.hooks.types import CallAction, CallAnswer, GuestCall
+from rmemd.model.vms import ATTRIBUTE_PRIVATE
+from rmemd.units import PAGE_SHIFT, PMD_PAGES, bytes_to_pages, pages
+
+# calls about memory that is private when they are made; UNSHARE is about shared memory
+ABOUT_PRIVATE = (GuestCall.ACCEPT, GuestCall.VALIDATE, GuestCall.RESCIND, GuestCall.RELINQUISH)
+UNKNOWN_CALL = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Called:
+    """How far a call came: ``finished`` means that the guest has its status."""
+
+    done: int = 0
+    finished: bool = False
+    status: int = 0
+    status_name: str = ""
+    hypercall: bool = False
+    to_private: bool = False
+
+
+def make_call(
+    core: Core, number: int, index: int, instruction: Instruction, done: int
+) -> Steps[Called | Stop]:
+    """Make one stretch of a guest call, ``done`` pages of which are done already."""
+    call = CALLS[instruction.opcode]
+    gfn = (instruction.gpa >> PAGE_SHIFT) + done
+    left = bytes_to_pages(instruction.length) - done
+    # a 2M call is about a whole 2 MiB page, which must not be cut
+    stretch = PMD_PAGES if instruction.level else CHUNK_PAGES
+    span = Span(gfn << PAGE_SHIFT, min(left, stretch) << PAGE_SHIFT)
+    for _ in range(FAULTS_MAX):
+        answer = yield from core.unit(lambda: _ask(core, number, index, call, span, instruction))
+        if not isinstance(answer, CallAnswer):
+            return answer
+        if answer.action is CallAction.FAULT:
+            stop = yield from _fault(core, number, span, answer.done, call)
+            if stop is not None:
+                return stop
+            if answer.done:
+                return _called(answer)
+            continue
+        if answer.action is CallAction.CONVERT:
+            return (yield from _convert(core, number, span, answer))
+        return _called(answer)
+    return Stop("INTERNAL_ERROR", text=f"{call.value} of gfn {gfn:#x} faults again and again")
+
+
+def _ask(
+    core: Core, number: int, index: int, call: GuestCall, span: Span, instruction: Instruction
+) -> Steps[CallAnswer | Called | Stop]:
+    from rmemd.engine.vcpu import enter
+
+    yield from ()
+    vm = core.vms.alive(number)
+    core.require_idle("vm", number, span.gfn, span.npages)
+    slot = vm.slot_at(span.gfn)
+    if slot is None:
+        return Stop("MMIO", gpa=span.start)
+    if call in ABOUT_PRIVATE:
+        stop = attribute_stop(core, vm, slot, span, private=True)
+        if isinstance(stop, Stop):
+            return stop
+    consumer = core.consumer(vm)
+    with core.tx("guest call") as tx:
+        enter(core, tx, vm, index)
+        if consumer.ops.guest_call is None:
+            return Called(span.npages, True, UNKNOWN_CALL, "unknown call")
+        answer: CallAnswer = consumer.call(
+            tx, "guest_call", index, call, pages(span.gfn, span.npages), instruction.level
+        )
+    return answer
+
+
+def _fault(core: Core, number: int, span: Span, done: int, call: GuestCall) -> Steps[Stop | None]:
+    vm = core.vms.alive(number)
+    slot = vm.slot_at(span.gfn + done)
+    if slot is None:
+        return Stop("MMIO", gpa=(span.gfn + done) << PAGE_SHIFT)
+    npages = min(span.npages, slot.gfn + slot.npages - span.gfn) - done
+    try:
+        yield from fault_in(core, vm, slot, span.gfn + done, npages)
+    except RmemError as refusal:
+        return fault_stop(span, call in ABOUT_PRIVATE, refusal)
+    return None
+
+
+def _convert(core: Core, number: int, span: Span, answer: CallAnswer) -> Steps[Called | Stop]:
+    try:
+        yield from convert_by_guest(core, number, span.gfn, answer.done, answer.to_private)
+    except RmemError as refusal:
+        flags = 0 if answer.to_private else ATTRIBUTE_PRIVATE
+        gpa, text = span.gfn << PAGE_SHIFT, str(refusal)
+        return Stop("INTERNAL_ERROR", refusal.errno, flags, gpa, text=text, refusal=refusal)
+    return _called(answer)
+
+
+def _called(answer: CallAnswer) -> Called:
+    if answer.action is CallAction.HYPERCALL:
+        return Called(hypercall=True, to_private=answer.to_private)
+    # a status other than success ends the call where it stands
+    ended = answer.action is CallAction.DONE and answer.status != 0
+    return Called(answer.done, ended, answer.status, answer.status_name)

@@ -1,0 +1,337 @@
+"""The store's own operations: create, fallocate, close; the host's view of shared pages.
+
+Owns the checks that guest_memfd makes before it touches a page, in the kernel's order
+(restrictedmem.md §2), and the punch: start(all), free, end(all), with bindings stable in between.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from rmemd.engine import frames
+from rmemd.engine.bracket import invalidating, views_of
+from rmemd.engine.core import Core, Step, Steps
+from rmemd.errors import (
+    BAD_NODE,
+    BAD_RANGE,
+    BAD_REQUEST,
+    FALLOCATE_MODE,
+    HOST_SIGBUS,
+    NO_SUCH_PIN,
+    NOT_MAPPABLE,
+    NOT_PAGE_ALIGNED,
+    OFFSET_TOO_BIG,
+    UNKNOWN_FLAG,
+)
+from rmemd.hooks.tx import Tx
+from rmemd.hooks.types import Why
+from rmemd.model.files import (
+    FLAG_ANONYMOUS,
+    FLAGS_ADVERTISED,
+    PRIVATE,
+    Policy,
+    RestrictedFile,
+)
+from rmemd.model.ledger import Entry
+from rmemd.model.vms import Vm
+from rmemd.units import I64, LOFF_MAX, PAGE_SIZE, bytes_to_pages, is_page_aligned, pages
+
+KEEP_SIZE = 1
+PUNCH_HOLE = 2
+MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
+# pages allocated, or punched of a shared half, in one transaction
+BATCH_PAGES = 1 << 16
+
+
+def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[RestrictedFile]:
+    """KVM_CREATE_GUEST_MEMFD: flags are checked before the size."""
+    yield from ()
+    vm = core.vms.alive(vm_id)
+    if flags & ~FLAGS_ADVERTISED:
+        raise UNKNOWN_FLAG(
+            f"flags {flags:#x} has bits beyond MMAP|INIT_SHARED", field="flags",
+            rule="restrictedmem.md §2: create",
+        )  # fmt: skip
+    if size_bytes <= 0 or not is_page_aligned(size_bytes):
+        reason = NOT_PAGE_ALIGNED if size_bytes > 0 else BAD_RANGE
+        raise reason(f"size {size_bytes} is not a positive multiple of 4096", field="size_bytes")
+    with core.tx("create file") as tx:
+        return new_file(core, tx, vm, bytes_to_pages(size_bytes), flags)
+
+
+def new_file(core: Core, tx: Tx, vm: Vm, size_pages: int, flags: int) -> RestrictedFile:
+    """Make a file in a transaction."""
+    file = core.files.create(tx, vm.info.vm, size_pages, flags, vm.info.in_place)
+    tx.emit("file_created", vm=vm.info.vm, file=file.info.file, npages=size_pages)
+    return file
+
+
+def fallocate(core: Core, number: int, mode: int, offset: int, length: int) -> Steps[int]:
+    """Allocate or punch; return the pages that changed. Source: restrictedmem.md §2, fallocate."""
+    file = core.files.get(number)
+    start, npages = _fallocate_range(mode, offset, length)
+    if mode & PUNCH_HOLE:
+        return (yield from punch(core, number, start, npages))
+    if start + npages > file.info.size_pages:
+        raise BAD_RANGE(
+            f"{offset:#x}+{length:#x} ends past file/{number} of {file.info.size_pages} pages",
+            field="length_bytes", rule="restrictedmem.md §2: allocate",
+        )  # fmt: skip
+    return (yield from _allocate(core, number, start, npages))
+
+
+def _fallocate_range(mode: int, offset: int, length: int) -> tuple[int, int]:
+    for field, value, bad in (
+        ("offset_bytes", offset, offset < 0),
+        ("length_bytes", length, length <= 0),
+    ):
+        if bad:
+            raise BAD_RANGE(f"{field} {value} is out of range", field=field, rule="VFS: fallocate")
+    if mode & ~(KEEP_SIZE | PUNCH_HOLE) or (mode & PUNCH_HOLE and not mode & KEEP_SIZE):
+        raise FALLOCATE_MODE(f"mode {mode:#x}", field="mode", rule="VFS: fallocate")
+    if offset + length > LOFF_MAX:
+        raise OFFSET_TOO_BIG(f"{offset:#x}+{length:#x}", field="length_bytes", rule="VFS: EFBIG")
+    if not mode & KEEP_SIZE:
+        raise FALLOCATE_MODE("mode lacks KEEP_SIZE", field="mode", rule="restrictedmem.md §2")
+    for field, value in (("offset_bytes", offset), ("length_bytes", length)):
+        if not is_page_aligned(value):
+            raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field, rule="restrictedmem.md §2")
+    return bytes_to_pages(offset), bytes_to_pages(length)
+
+
+def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
+    done = 0
+
+    def one() -> Steps[int]:
+        yield from ()
+        core.require_idle("file", number, start + done, n)
+        with core.tx("allocate") as tx:
+            file = core.files.get(number)
+            wanted = pages(start + done, n)
+            holes = wanted[file.frames.get(wanted) == 0]
+            if holes.size:
+                pfns = frames.allocate(core, tx, file, holes, private=True)
+                _settle(core, tx, file, holes, pfns)
+            return int(holes.size)
+
+    allocated = 0
+    while done < npages:
+        n = min(BATCH_PAGES, npages - done)
+        allocated += yield from core.unit(one)
+        done += n
+    return allocated
+
+
+def _settle(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
+    """In place, a shared page's bytes are in the shared memfd from the start."""
+    if file.info.in_place:
+        mark_shared(core, tx, pfns[file.attributes.get(pgoffs) != PRIVATE])
+
+
+def mark_shared(core: Core, tx: Tx, pfns: I64) -> None:
+    """Have frames' bytes be those of their file's shared memfd."""
+    from rmemd.model.host import Stored, Use
+
+    tx.put(core.host.stored, pfns, int(Stored.SHARED))
+    tx.put(core.host.key, pfns, 0)
+    tx.put(core.host.use, pfns, int(Use.SHARED))
+
+
+def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
+    """Punch private pages out (and, in place, shared ones); return how many were there."""
+    size = core.files.get(number).info.size_pages
+    npages = max(min(start + npages, size) - start, 0)
+    if npages == 0:
+        return 0
+
+    def one() -> Steps[I64]:
+        yield from ()
+        core.require_idle("file", number, start, npages)
+        file = core.files.get(number)
+        with core.tx("punch") as tx:
+            present = file.frames.touched(start, npages)
+            with invalidating(core, tx, views_of(core, file, start, npages), Why.PUNCH):
+                frames.remove(core, tx, file, present, private=True)
+            if present.size:
+                tx.emit("punched", file=number, pgoff=int(present[0]), npages=present.size)
+            return present
+
+    present = yield from core.unit(one)
+    file = core.files.get(number)
+    if file.info.in_place and core.has_shared_memory(file):
+        there = core.shared_memory(file).present(start, npages)
+        with core.in_progress("file", number, start, npages):
+            yield Step("punch: shared", work=partial(core.shared_memory(file).punch, there))
+    yield from core.scrub()
+    return int(present.size)
+
+
+def close(core: Core, number: int) -> Steps[int]:
+    """Drop the last reference: whole-file invalidation, slots lose the file, pages are freed."""
+
+    def one() -> Steps[int]:
+        yield from ()
+        file = core.files.get(number)
+        size = file.info.size_pages
+        core.require_idle("file", number, 0, size)
+        with core.tx("close file") as tx:
+            private, shared = file.frames.touched(0, size), file.shared.touched(0, size)
+            with invalidating(core, tx, views_of(core, file, 0, size), Why.CLOSE):
+                pass
+            frames.remove(core, tx, file, private, private=True)
+            frames.remove(core, tx, file, shared, private=False)
+            core.files.destroy(tx, number)
+            tx.emit("file_closed", file=number, npages=private.size + shared.size)
+        return int(private.size + shared.size)
+
+    freed = yield from core.unit(one)
+    core.forget_shared_memory(number)
+    yield from core.scrub()
+    return freed
+
+
+# --- the host's mapping ----------------------------------------------------------------------
+def read_shared(core: Core, number: int, offset: int, length: int) -> Steps[bytes]:
+    """Read through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
+
+    def one() -> Steps[bytes]:
+        yield from ()
+        file = _touch(core, number, offset, length)
+        return core.shared_memory(file).read_bytes(offset, length)
+
+    return (yield from core.unit(one))
+
+
+def write_shared(core: Core, number: int, offset: int, data: bytes) -> Steps[None]:
+    """Write through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
+
+    def one() -> Steps[None]:
+        yield from ()
+        file = _touch(core, number, offset, len(data))
+        core.shared_memory(file).write_bytes(offset, data)
+
+    yield from core.unit(one)
+
+
+def _touch(core: Core, number: int, offset: int, length: int) -> RestrictedFile:
+    file = core.files.get(number)
+    if offset < 0 or length <= 0:
+        raise BAD_RANGE(f"{offset}+{length} is no range of bytes", field="offset_bytes")
+    start = offset // PAGE_SIZE
+    npages = -(-(offset + length) // PAGE_SIZE) - start
+    if file.info.in_place and not file.info.mappable and not file.info.flags & FLAG_ANONYMOUS:
+        raise NOT_MAPPABLE(
+            f"file/{number} was created without MMAP", field="file",
+            rule="restrictedmem.md §2: mmap",
+        )  # fmt: skip
+    if start + npages > file.info.size_pages:
+        raise HOST_SIGBUS(
+            f"pgoff {file.info.size_pages:#x} is past file/{number}", field="offset_bytes",
+            page=f"pgoff {max(start, file.info.size_pages):#x}", state="past the file",
+            rule="restrictedmem.md §2: host fault",
+        )  # fmt: skip
+    core.require_idle("file", number, start, npages)
+    wanted = pages(start, npages)
+    if file.info.in_place:
+        private = wanted[file.attributes.get(wanted) == PRIVATE]
+        if private.size:
+            raise HOST_SIGBUS(
+                f"pgoff {int(private[0]):#x} of file/{number} is private",
+                page=f"pgoff {int(private[0]):#x}", state="private",
+                rule="restrictedmem.md §2: host fault",
+            )  # fmt: skip
+    table = file.half(private=False)
+    present = table.get(wanted)
+    poisoned = core.host.poisoned(present[present > 0] - 1)
+    if poisoned.any():
+        at = np.flatnonzero(present > 0)[poisoned]
+        frames.refuse_poisoned(file, wanted[at], present[at] - 1)
+    holes = wanted[present == 0]
+    if holes.size:
+        with core.tx("host fault") as tx:
+            pfns = frames.allocate(core, tx, file, holes, private=False)
+            _settle(core, tx, file, holes, pfns)
+    return file
+
+
+# --- policy and pins -------------------------------------------------------------------------
+def set_policy(
+    core: Core, number: int, offset: int, length: int, policy: int, nodes: tuple[int, ...]
+) -> Steps[None]:
+    """Store a NUMA policy by range (mbind); nothing moves. Source: restrictedmem.md §2, mbind."""
+    yield from ()
+    file = core.files.get(number)
+    start, npages = byte_range(file, offset, length)
+    if policy not in (MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE):
+        raise BAD_REQUEST(f"no policy {policy}", field="policy", rule="mbind(2)")
+    if bool(nodes) == (policy == MPOL_DEFAULT):
+        raise BAD_REQUEST("only MPOL_DEFAULT has no nodes", field="nodes", rule="mbind(2)")
+    unknown = [node for node in nodes if not 0 <= node < len(core.host.nodes)]
+    if unknown:
+        raise BAD_NODE(f"no node {unknown[0]}", field="nodes")
+    with core.tx("set policy") as tx:
+        wanted = Policy(policy, tuple(sorted(set(nodes))))
+        known = dict(file.policies.items())
+        index = 0
+        if policy != MPOL_DEFAULT:
+            index = next((i for i, p in known.items() if p == wanted), len(known) + 1)
+            if index > 255:
+                raise BAD_REQUEST("a file has at most 255 different policies", field="policy")
+            tx.set(file.policies, index, wanted)
+        tx.fill(file.policy, start, npages, index)
+
+
+def get_policy(core: Core, number: int, offset: int) -> Policy:
+    """Return the policy at an offset."""
+    file = core.files.get(number)
+    start, _ = byte_range(file, offset, PAGE_SIZE)
+    policy: Policy = file.policies.get(file.policy.at(start), Policy(MPOL_DEFAULT, ()))
+    return policy
+
+
+def pin(core: Core, number: int, offset: int, length: int, purpose: str, holder: str) -> Steps[int]:
+    """Hold present pages (shared if they are shared) as DMA does; return the pin's handle."""
+    yield from ()
+    file = core.files.get(number)
+    start, npages = byte_range(file, offset, length)
+    for field, value in (("purpose", purpose), ("holder", holder)):
+        if not value or not value.isprintable() or ("/" in value and field == "purpose"):
+            raise BAD_REQUEST(f"{field} must be printable text", field=field)
+    file = _touch(core, number, offset, length)
+    with core.tx("pin") as tx:
+        pfns = np.asarray(file.half(private=False).get(pages(start, npages)), dtype=np.int64) - 1
+        handle = tx.next_id("pin")
+        entry = Entry(f"{holder} pin {handle}", purpose, longterm=True)
+        core.ledger.hold(tx, entry, pfns)
+        tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
+        return handle
+
+
+def unpin(core: Core, handle: int) -> Steps[None]:
+    """Let a pin go."""
+    holders = {e.holder for e in core.ledger.entries() if e.holder.endswith(f" pin {handle}")}
+    if not holders:
+        raise NO_SUCH_PIN(f"no pin {handle}", field="pin")
+    with core.tx("unpin") as tx:
+        for holder in holders:
+            frames.free_orphans(core, tx, core.ledger.forget(tx, holder))
+        tx.emit("unpinned", pin=handle)
+    yield from core.scrub()
+
+
+def byte_range(file: RestrictedFile, offset: int, length: int) -> tuple[int, int]:
+    """Return (pgoff, npages) of a page-aligned byte range inside a file.
+
+    Raises:
+        InvalidArgument: BAD_RANGE, NOT_PAGE_ALIGNED.
+    """
+    for field, value in (("offset_bytes", offset), ("length_bytes", length)):
+        if not is_page_aligned(value):
+            raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field)
+    if offset < 0 or length <= 0 or offset + length > file.info.size_pages * PAGE_SIZE:
+        raise BAD_RANGE(
+            f"{offset:#x}+{length:#x} is not inside file/{file.info.file}", field="offset_bytes"
+        )
+    return bytes_to_pages(offset), bytes_to_pages(length)

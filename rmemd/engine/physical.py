@@ -1,0 +1,224 @@
+"""The host as adversary: frames touched by their physical address, and frames that fail.
+
+Owns physical access and poison. SOFTWARE goes through the platforms' host_access (what the CPU's
+checks allow); BUS is test surgery beneath them. No private page's plaintext leaves here: what
+comes back is ciphertext, zeros, ones or a fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmemd.engine.bracket import invalidating, views_of
+from rmemd.engine.compact import frame_range
+from rmemd.engine.core import Core, Steps, kill
+from rmemd.errors import BAD_RANGE, BAD_REQUEST, FRAME_NOT_OWNED, HOST_ACCESS_FAULT, HW_POISON
+from rmemd.hooks.tx import ByteOp, Tx
+from rmemd.hooks.types import HOST_VIEWS, Agent, HostAccess, HostAnswer, HostView, Runs, Why
+from rmemd.model.buddy import take_exactly
+from rmemd.model.files import RestrictedFile
+from rmemd.model.host import POISON, Stored, Use
+from rmemd.model.vms import Vm
+from rmemd.units import I64, PAGE_SIZE, U8
+
+ACCESS_PAGES_MAX = 256
+_VIEW = {view: i for i, view in enumerate(HOST_VIEWS)}
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """What poisoning a frame did."""
+
+    pfn: int
+    vm: int
+    vm_lost: bool
+    text: str
+
+
+def read(core: Core, start: int, npages: int, agent: Agent, bus: bool) -> Steps[bytes]:
+    """Read frames as the host would."""
+
+    def one() -> Steps[bytes]:
+        yield from ()
+        pfns = _few(core, start, npages)
+        with core.tx("physical read") as tx:
+            views = _checked(core, tx, pfns, HostAccess(agent, write=False), bus)
+            return _seen(core, pfns, views).tobytes()
+
+    return (yield from core.unit(one))
+
+
+def write(core: Core, start: int, data: bytes, agent: Agent, bus: bool) -> Steps[None]:
+    """Write whole frames as the host would."""
+    if not data or len(data) % PAGE_SIZE:
+        raise BAD_REQUEST("data is not whole pages", field="data")
+    rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+
+    def one() -> Steps[None]:
+        yield from ()
+        pfns = _few(core, start, rows.shape[0])
+        with core.tx("physical write") as tx:
+            _checked(core, tx, pfns, HostAccess(agent, write=True), bus)
+            shared, rest = _split(core, pfns)
+            contents, raw = core.controller.write_plan(pfns[rest], rows[rest], 0)
+            core.controller.apply(tx, [contents])
+        core.controller.store_raw(pfns[rest], raw)
+        _write_shared(core, pfns[shared], rows[shared])
+
+    yield from core.unit(one)
+
+
+def copy(core: Core, src: int, dst: int, npages: int, agent: Agent, bus: bool) -> Steps[None]:
+    """Copy what the host sees of frames onto other frames: raw bytes, nothing else travels."""
+    data = yield from read(core, src, npages, agent, bus)
+    yield from write(core, dst, data, agent, bus)
+
+
+def _few(core: Core, start: int, npages: int) -> I64:
+    if npages > ACCESS_PAGES_MAX:
+        raise BAD_RANGE(f"{npages} frames; one call takes {ACCESS_PAGES_MAX}", field="npages")
+    return frame_range(core, start, npages)
+
+
+def _checked(core: Core, tx: Tx, pfns: I64, access: HostAccess, bus: bool) -> U8:
+    """Have the platforms judge; return a view per frame, the first that is not RAW counting."""
+    views = np.full(pfns.size, _VIEW[HostView.RAW], dtype=np.uint8)
+    poisoned = core.host.poisoned(pfns)
+    if poisoned.any():
+        pfn = int(pfns[poisoned][0])
+        raise HW_POISON(f"pfn {pfn:#x} is poisoned", page=f"pfn {pfn:#x}", state="poisoned")
+    if bus:
+        return views
+    for platform in core.registry.platforms.values():
+        if platform.ops.host_access is None:
+            continue
+        answer: HostAnswer = platform.call(tx, 0, "host_access", pfns, access)
+        fault = np.flatnonzero(answer.views == _VIEW[HostView.FAULT])
+        if fault.size:
+            pfn = int(pfns[fault[0]])
+            raise HOST_ACCESS_FAULT(
+                f"{access.agent.value} may not {'write' if access.write else 'read'} pfn {pfn:#x}: "
+                f"{answer.fault}", page=f"pfn {pfn:#x}", state="private", rule=answer.rule,
+                vendor_status=answer.fault, where=f"{platform.name}.host_access",
+            )  # fmt: skip
+        if answer.destroyed is not None and answer.destroyed.any():
+            scrub = ByteOp("scrub", pfns[answer.destroyed])
+            core.controller.apply(tx, core.controller.perform([scrub]))
+        views = np.where(views == _VIEW[HostView.RAW], answer.views, views)
+    return views
+
+
+def _seen(core: Core, pfns: I64, views: U8) -> U8:
+    out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
+    out[views == _VIEW[HostView.ONES]] = 0xFF
+    raw = views == _VIEW[HostView.RAW]
+    shared, rest = _split(core, pfns)
+    out[raw & rest] = core.controller.raw(pfns[raw & rest])
+    out[raw & shared] = _read_shared(core, pfns[raw & shared])
+    return out
+
+
+def _split(core: Core, pfns: I64) -> tuple[np.ndarray, np.ndarray]:
+    shared = (core.host.stored.get(pfns) == Stored.SHARED) & (core.host.owner.get(pfns) != 0)
+    return shared, ~shared
+
+
+def _read_shared(core: Core, pfns: I64) -> U8:
+    out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
+    for file, mine in _by_file(core, pfns):
+        out[mine] = core.shared_memory(file).read(core.host.pgoff.get(pfns[mine]))
+    return out
+
+
+def _write_shared(core: Core, pfns: I64, rows: U8) -> None:
+    for file, mine in _by_file(core, pfns):
+        core.shared_memory(file).write(core.host.pgoff.get(pfns[mine]), rows[mine])
+
+
+def _by_file(core: Core, pfns: I64) -> list[tuple[RestrictedFile, np.ndarray]]:
+    owner = core.host.owner.get(pfns)
+    return [(core.files.get(n), owner == n) for n in np.unique(owner).tolist()]
+
+
+# --- poison ----------------------------------------------------------------------------------
+def poison(core: Core, pfn: int) -> Steps[Poisoned]:
+    """Mark a frame failed, as found by the host (MF_DELAYED): unmapped, not truncated."""
+
+    def one() -> Steps[Poisoned]:
+        yield from ()
+        pfns = frame_range(core, pfn, 1)
+        host = core.host
+        if host.poisoned(pfns).any():
+            raise HW_POISON(f"pfn {pfn:#x} is poisoned already", page=f"pfn {pfn:#x}")
+        use, owner = Use(host.use.at(pfn)), host.owner.at(pfn)
+        with core.tx("poison") as tx:
+            tx.put(host.flags, pfns, host.flags.get(pfns) | POISON)
+            tx.emit("poisoned", pfn=pfn)
+            if use is Use.FREE:
+                take_exactly(core.host, tx, pfns, Use.POISONED)
+            if not owner:
+                return Poisoned(pfn, 0, False, "")
+            return _tell_owner(core, tx, core.files.get(owner), pfns, use)
+
+    return (yield from core.unit(one))
+
+
+def _tell_owner(core: Core, tx: Tx, file: RestrictedFile, pfns: I64, use: Use) -> Poisoned:
+    pgoff, pfn = core.host.pgoff.at(int(pfns[0])), int(pfns[0])
+    views = views_of(core, file, pgoff, 1)
+    lost = ""
+    for view in views:
+        if use is Use.PRIVATE:
+            lost = judge_error(core, tx, view.vm, Runs(*map(_one, (view.gfn, pfn, 1))), False)
+    with invalidating(core, tx, views, Why.POISON):
+        pass
+    return Poisoned(pfn, file.info.vm, bool(lost), lost)
+
+
+def _one(value: int) -> I64:
+    return np.array([value], dtype=np.int64)
+
+
+def judge_error(core: Core, tx: Tx, vm: Vm, runs: Runs, consumed: bool) -> str:
+    """Ask the consumer about a poisoned page; kill the VM if it is lost; return why, or ""."""
+    consumer = core.consumer(vm)
+    if consumer.ops.error is None:
+        lost = f"{consumer.name} has no error hook"
+    else:
+        lost = consumer.call(tx, "error", runs, consumed)
+    if lost:
+        kill(core, tx, core.vms.get(vm.info.vm), lost)
+    return lost
+
+
+def resolve(
+    core: Core, pfn: int | None, guest: tuple[int, int] | None, page: tuple[int, int] | None
+) -> int:
+    """Return the frame that an address names: a pfn, (vm, gfn) or (file, pgoff).
+
+    Raises:
+        RmemError: BAD_REQUEST, or FRAME_NOT_OWNED where the page has no frame.
+    """
+    if pfn is not None:
+        return int(frame_range(core, pfn, 1)[0])
+    if guest is not None:
+        vm = core.vms.get(guest[0])
+        entry = vm.mirror.at(guest[1]) if guest[1] >= 0 else 0
+        if entry:
+            return (entry >> 1) - 1
+        slot = vm.slot_at(guest[1]) if guest[1] >= 0 else None
+        if slot is not None and core.files.exists(slot.file):
+            page = (slot.file, guest[1] - slot.gfn + slot.pgoff)
+    if page is None:
+        if guest is None:
+            raise BAD_REQUEST("no page is named", field="page")
+        raise FRAME_NOT_OWNED(f"gfn {guest[1]:#x} has no frame", page=f"gfn {guest[1]:#x}")
+    file = core.files.get(page[0])
+    found = file.frames.at(page[1]) or file.shared.at(page[1]) if page[1] >= 0 else 0
+    if not found:
+        raise FRAME_NOT_OWNED(
+            f"pgoff {page[1]:#x} of file/{page[0]} is a hole", page=f"pgoff {page[1]:#x}"
+        )
+    return found - 1

@@ -1,0 +1,184 @@
+"""Launch: initial pages in, measurement closed; and faults asked for in advance.
+
+Owns populate and finalize as KVM drives them (a private range of a restricted slot, before the VM
+is finalized, a prefix kept on refusal) and KVM_PRE_FAULT_MEMORY.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rmemd.engine import frames
+from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.fault import Trace, fault, file_of, is_private, map_now, unmapped
+from rmemd.errors import (
+    BAD_RANGE,
+    BAD_REQUEST,
+    NO_MEMSLOT,
+    NOT_PAGE_ALIGNED,
+    NOT_PAUSED,
+    NOT_PRIVATE,
+    OP_NOT_IMPLEMENTED_BY_CONSUMER,
+    RmemError,
+)
+from rmemd.hooks.types import PageKind, Populated, Runs
+from rmemd.model.vms import Slot, Vm
+from rmemd.units import MAX_GFN, PAGE_SIZE, bytes_to_pages, is_page_aligned, pages
+
+BATCH_PAGES = 512
+
+
+@dataclass
+class PreFaulted:
+    """How far a pre-fault came."""
+
+    done_pages: int
+    left_bytes: int
+    retries: int
+    trace: Trace
+
+
+def populate(
+    core: Core, number: int, gpa: int, source: bytes, kind: int, measure: bool
+) -> Steps[int]:
+    """Take initial private pages in; return how many.
+
+    Raises:
+        RmemError: with ``progress_pages``, the pages before it stay.
+    """
+    vm = core.vms.alive(number)
+    if not is_page_aligned(gpa) or not is_page_aligned(len(source)):
+        raise NOT_PAGE_ALIGNED(f"{gpa:#x}+{len(source):#x}", field="gpa")
+    if not source or gpa + len(source) > MAX_GFN * PAGE_SIZE:
+        raise BAD_RANGE(f"{gpa:#x}+{len(source):#x} is empty or wraps", field="source")
+    if kind not in set(PageKind):
+        raise BAD_REQUEST(f"no page kind {kind}", field="kind")
+    if core.consumer(vm).ops.populate is None:
+        raise OP_NOT_IMPLEMENTED_BY_CONSUMER(
+            f"{vm.info.consumer} has no populate: write the image to shared memory and convert it",
+            rule="DESIGN §5: the ops table",
+        )
+    rows = np.frombuffer(source, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+    done = 0
+
+    def one() -> Steps[int]:
+        batch = rows[done : done + BATCH_PAGES]
+        return (yield from _populate_batch(core, number, first + done, batch, kind, measure))
+
+    first = gpa // PAGE_SIZE
+    while done < rows.shape[0]:
+        try:
+            done += yield from core.unit(one)
+        except RmemError as refusal:
+            raise refusal.with_details(progress_pages=done) from refusal
+    return done
+
+
+def _populate_batch(
+    core: Core, number: int, gfn: int, rows: np.ndarray, kind: int, measure: bool
+) -> Steps[int]:
+    vm = core.vms.alive(number)
+    if vm.info.state != "building":
+        raise NOT_PAUSED(f"{vm.info.label} is finalized", state=vm.info.state)
+    slot, n = slot_range(vm, gfn, rows.shape[0])
+    gfns = pages(gfn, n)
+    private = is_private(core, vm, gfns, slot)
+    if not private.all() or not slot.restricted:
+        at = int(gfns[np.argmin(private)]) if not private.all() else gfn
+        raise NOT_PRIVATE(
+            f"gfn {at:#x} of {vm.info.label} is not private memory", field="gpa",
+            page=f"gfn {at:#x}", state="shared", rule="restrictedmem.md §2: populate",
+        )  # fmt: skip
+    file = file_of(core, vm, slot, gfn, private=True)
+    core.require_idle("vm", number, gfn, n)
+    with core.tx("populate") as tx:
+        pfns = frames.find(core, tx, file, gfns - slot.gfn + slot.pgoff, private=True)
+        runs = Runs.of_pages(gfns, pfns)
+        kinds = np.full(n, kind, dtype=np.uint8)
+        answer: Populated = core.consumer(vm).call(
+            tx, "populate", runs, kinds, measure, np.ascontiguousarray(rows[:n])
+        )
+        if answer.mapped:
+            map_now(core, tx, vm, runs)
+        with core.in_progress("vm", number, gfn, n):
+            yield Step("populate", tx=tx)
+        tx.emit("populated", vm=number, gfn=gfn, npages=n)
+    return n
+
+
+def slot_range(vm: Vm, gfn: int, npages: int) -> tuple[Slot, int]:
+    """Return the slot at a guest frame and how many of ``npages`` it covers.
+
+    Raises:
+        NotFound: NO_MEMSLOT.
+    """
+    slot = vm.slot_at(gfn)
+    if slot is None:
+        raise NO_MEMSLOT(
+            f"no slot of {vm.info.label} covers gfn {gfn:#x}", page=f"gfn {gfn:#x}",
+            state="no slot", field="gpa",
+        )  # fmt: skip
+    return slot, min(npages, slot.gfn + slot.npages - gfn)
+
+
+def finalize(core: Core, number: int) -> Steps[bytes]:
+    """Close the measurement; the VM may run from then on."""
+
+    def one() -> Steps[bytes]:
+        yield from ()
+        vm = core.vms.alive(number)
+        consumer = core.consumer(vm)
+        if consumer.ops.finalize is None:
+            raise OP_NOT_IMPLEMENTED_BY_CONSUMER(
+                f"{vm.info.consumer} has no finalize: its VMs are not measured, and run without",
+                rule="DESIGN §5: the ops table",
+            )
+        with core.tx("finalize") as tx:
+            measurement: bytes = consumer.call(tx, "finalize")
+            core.vms.update(tx, vm, state="finalized", measurement=measurement)
+            tx.emit("finalized", vm=number, measurement=measurement.hex())
+        return measurement
+
+    return (yield from core.unit(one))
+
+
+def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Steps[PreFaulted]:
+    """Fault a guest range in, page after page as KVM does, a prefix kept on refusal."""
+    vm = core.vms.alive(number)
+    if not is_page_aligned(gpa) or not is_page_aligned(size):
+        raise NOT_PAGE_ALIGNED(f"{gpa:#x}+{size:#x}", field="gpa")
+    if size <= 0 or gpa + size > MAX_GFN * PAGE_SIZE:
+        raise BAD_RANGE(f"{gpa:#x}+{size:#x} is empty or wraps", field="size_bytes")
+    result = PreFaulted(0, size, 0, Trace())
+    first, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
+    while result.done_pages < npages:
+        at = first + result.done_pages
+        try:
+            slot, n = slot_range(vm, at, min(BATCH_PAGES, npages - result.done_pages))
+            result.retries += yield from fault_in(
+                core, vm, slot, at, n, result.trace if traced else None
+            )
+        except RmemError as refusal:
+            if not result.done_pages:
+                raise
+            raise refusal.with_details(progress_pages=result.done_pages) from refusal
+        result.done_pages += n
+        result.left_bytes = size - result.done_pages * PAGE_SIZE
+        vm = core.vms.alive(number)
+    return result
+
+
+def fault_in(
+    core: Core, vm: Vm, slot: Slot, gfn: int, npages: int, trace: Trace | None = None
+) -> Steps[int]:
+    """Map what is not mapped of a range inside one slot; return the retries it took."""
+    missing = unmapped(vm, gfn, npages)
+    private = is_private(core, vm, missing, slot)
+    retries = 0
+    for state in (True, False):
+        gfns = missing[private == state]
+        if gfns.size:
+            retries += yield from fault(core, vm.info.vm, slot, gfns, state, trace)
+    return retries
