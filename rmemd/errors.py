@@ -568,6 +568,13 @@ MESSAGE_TOO_BIG = _reason(
     "The message or the byte range is larger than one call may carry.",
     "Split it; bulk calls take at most 1 MiB.",
 )
+SYSTEM_MEMORY = _reason(
+    "SYSTEM_MEMORY",
+    Kind.EXHAUSTED,
+    "ENOMEM",
+    "The system under the daemon has no memory left for the bytes; nothing was changed.",
+    "Free memory on the machine, or give the daemon a smaller --host-memory.",
+)
 # --- plugins ---------------------------------------------------------------------------------
 PLUGIN_RAISED = _reason(
     "PLUGIN_RAISED",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmemd.engine.core import Core, Steps
-from rmemd.engine.migrate import Outcome, Report, migrate, migrate_to
+from rmemd.engine.migrate import Outcome, Report, governed, migrate, migrate_to
 from rmemd.errors import BAD_NODE, BAD_RANGE, FOLIO_UNMOVABLE
 from rmemd.model import buddy
 from rmemd.model.host import POISON, Use
@@ -59,12 +59,14 @@ def movable_frames(core: Core, pfns: I64) -> Bools:
     """Return which frames hold a page that may be asked to move: the ops tables decide."""
     host = core.host
     use, owner = host.use.get(pfns), host.owner.get(pfns)
-    answer: Bools = (use == Use.SHARED) & (owner != 0)
-    private = (use == Use.PRIVATE) & (owner != 0)
-    for number in np.unique(owner[private]).tolist():
-        vm = core.files.get(number).info.vm
-        if core.vms.exists(vm) and core.consumers[vm].ops.migrate_folio is not None:
-            answer |= private & (owner == number)
+    answer: Bools = np.zeros(pfns.size, dtype=np.bool_)
+    in_use = np.isin(use, (Use.PRIVATE, Use.SHARED))
+    for number in np.unique(owner[in_use & (owner != 0)]).tolist():
+        file = core.files.get(number)
+        mine = in_use & (owner == number)
+        vm = file.info.vm
+        asked = core.vms.exists(vm) and core.consumers[vm].ops.migrate_folio is not None
+        answer[mine] = ~governed(core, file, pfns[mine]) | asked
     answer &= (host.flags.get(pfns) & POISON) == 0
     return answer
 

@@ -113,6 +113,10 @@ def convert_file(
             f"{vm.info.label} converts by VM attributes", field="file", rule=RULE_IN_PLACE
         )
     _check(vm, flags, attributes, offset, size)
+    if not vm.info.private_memory:
+        raise ATTRIBUTES_UNSUPPORTED(
+            f"{vm.info.label} has no private memory", field="file", rule=RULE_IN_PLACE
+        )
     if offset + size > file.info.size_pages * PAGE_SIZE:
         raise BAD_RANGE(f"{offset:#x}+{size:#x} is past the file", field="size_bytes")
     start, npages = offset // PAGE_SIZE, bytes_to_pages(size)

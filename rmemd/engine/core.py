@@ -303,6 +303,10 @@ class Core:
             raise NO_SUCH_VM(f"vm/{vm} does not exist")
         return len(self.vms.get(vm).vcpus)
 
+    def kill(self, tx: Tx, vm: int, reason: str) -> None:
+        """Mark the VM dead."""
+        kill(self, tx, self.vms.get(vm), reason)
+
     def injected(self, tx: Tx, vm: int, point: str) -> str:
         """Return what a fault rule says should go wrong at a point now."""
         return self.rules.passage(vm, point)

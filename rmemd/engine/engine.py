@@ -47,6 +47,11 @@ class Engine:
         """Run a query under the lock; return the revision it saw, and its result."""
         return self.core.read(lambda: query(self.core))
 
+    def drain(self) -> None:
+        """Have running vCPUs exit and watches end."""
+        self.core.draining = True
+        self.core.wake()
+
     def close(self) -> None:
         """Let go of every memfd."""
         self.core.close()
@@ -59,11 +64,12 @@ class Engine:
         config: Mapping[str, str] | None = None,
         memlock_pages: int = 0,
         name: str = "",
+        starts_private: bool | None = None,
     ) -> Vm:
         """Make a VM. ALL."""
         return self.core.run(
             lambda: lifecycle.create_vm(
-                self.core, consumer, in_place, config or {}, memlock_pages, name
+                self.core, consumer, in_place, config or {}, memlock_pages, name, starts_private
             )
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from rmemd.engine import frames
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
 from rmemd.engine.core import Core, Step, Steps
-from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT
+from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT, Busy
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Pin, Runs, Why
 from rmemd.model.files import RestrictedFile
@@ -23,6 +23,12 @@ from rmemd.model.vms import Slot, Vm, unpack
 from rmemd.units import I64, Bools, pages
 
 LOST_RACE = "lost_race"
+# KVM has no bound; a mock that is told to be busy for ever must say so
+RETRIES_MAX = 16
+
+
+class Stale(Exception):
+    """The slot or the pages' state changed before the look-up: look at the guest range again."""
 
 
 @dataclass
@@ -97,14 +103,27 @@ def fault(
 
     Raises:
         RmemError: the look-up or a hook refused; nothing is mapped and nothing is held.
+        Stale: while it waited or began again, the slot or the pages' state changed.
     """
+    retries = 0
+    while True:
+        try:
+            if (yield from _fault_once(core, vm_id, slot, gfns, private, trace)):
+                return retries
+        except Busy:
+            # -EBUSY and -EAGAIN of a vendor make KVM enter the guest again, which faults again
+            if retries >= RETRIES_MAX:
+                raise
+        retries += 1
+
+
+def _fault_once(
+    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
+) -> Steps[bool]:
     if core.hold is None and not core.rules.waits(vm_id, LOST_RACE):
         yield from core.unit(lambda: _fault_at_once(core, vm_id, slot, gfns, private, trace))
-        return 0
-    retries = 0
-    while not (yield from _fault_in_two(core, vm_id, slot, gfns, private, trace)):
-        retries += 1
-    return retries
+        return True
+    return (yield from _fault_in_two(core, vm_id, slot, gfns, private, trace))
 
 
 def _fault_at_once(
@@ -151,6 +170,8 @@ def _look_up(
 ) -> Lookup:
     vm = core.vms.alive(vm_id)
     core.require_idle("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+    if vm.slots.get(slot.slot) != slot or (is_private(core, vm, gfns, slot) != private).any():
+        raise Stale
     file = file_of(core, vm, slot, int(gfns[0]), private)
     pfns = frames.find(core, tx, file, gfns - slot.gfn + slot.pgoff, private)
     if trace is not None and not trace.steps:
@@ -166,7 +187,8 @@ def _look_up(
         held = pin_entry(vm, pin.purpose, True)
     else:
         held = Entry(vm.info.label, FAULT, False)
-    core.ledger.hold(tx, held, pfns)
+    # a hold that an earlier unpin could not drop counts once
+    core.ledger.hold(tx, held, pfns[~core.ledger.held(held, pfns)] if held.longterm else pfns)
     if private and consumer.ops.prepare is not None:
         consumer.call(tx, "prepare", runs)
     if trace is not None:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 from rmemd.engine.convert import convert_by_guest
 from rmemd.engine.core import Core, Steps
-from rmemd.engine.guestmemory import CHUNK_PAGES, FAULTS_MAX, Span, Stop, attribute_stop, fault_stop
+from rmemd.engine.fault import Stale
+from rmemd.engine.guestmemory import (
+    CHUNK_PAGES,
+    FAULTS_MAX,
+    Span,
+    Stop,
+    attribute_stop,
+    fault_stop,
+    no_slot_stop,
+)
 from rmemd.engine.populate import fault_in
 from rmemd.engine.programme import CALLS, Instruction
 from rmemd.errors import RmemError
@@ -72,7 +81,7 @@ def _ask(
     core.require_idle("vm", number, span.gfn, span.npages)
     slot = vm.slot_at(span.gfn)
     if slot is None:
-        return Stop("MMIO", gpa=span.start)
+        return no_slot_stop(vm, span, call in ABOUT_PRIVATE)
     if call in ABOUT_PRIVATE:
         stop = attribute_stop(core, vm, slot, span, private=True)
         if isinstance(stop, Stop):
@@ -92,10 +101,13 @@ def _fault(core: Core, number: int, span: Span, done: int, call: GuestCall) -> S
     vm = core.vms.alive(number)
     slot = vm.slot_at(span.gfn + done)
     if slot is None:
-        return Stop("MMIO", gpa=(span.gfn + done) << PAGE_SHIFT)
+        rest = Span((span.gfn + done) << PAGE_SHIFT, (span.npages - done) << PAGE_SHIFT)
+        return no_slot_stop(vm, rest, call in ABOUT_PRIVATE)
     npages = min(span.npages, slot.gfn + slot.npages - span.gfn) - done
     try:
         yield from fault_in(core, vm, slot, span.gfn + done, npages)
+    except Stale:
+        return None
     except RmemError as refusal:
         return fault_stop(span, call in ABOUT_PRIVATE, refusal)
     return None

@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from rmemd.engine.core import Core, Retry, Steps, kill, private_key
-from rmemd.engine.fault import is_private
+from rmemd.engine.core import Core, Steps, kill, private_key
+from rmemd.engine.fault import Stale, is_private
 from rmemd.engine.physical import judge_error
 from rmemd.engine.populate import fault_in
 from rmemd.engine.programme import Instruction, Opcode, make_rows
@@ -124,7 +124,7 @@ def reach(
         core.require_idle("vm", number, span.gfn, span.npages)
         slot = vm.slot_at(span.gfn)
         if slot is None:
-            return Stop("MMIO", gpa=span.start, size=min(span.size, 8))
+            return no_slot_stop(vm, span, private)
         span = span.cut(slot.gfn + slot.npages - span.gfn)
         stop = attribute_stop(core, vm, slot, span, private)
         if isinstance(stop, Stop):
@@ -132,6 +132,8 @@ def reach(
         span = stop
         try:
             yield from fault_in(core, vm, slot, span.gfn, span.npages)
+        except Stale:
+            continue
         except RmemError as refusal:
             return fault_stop(span, private, refusal)
         judge = partial(_judge, core, number, index, span, private, write)
@@ -156,6 +158,17 @@ def attribute_stop(core: Core, vm: Vm, slot: Slot, span: Span, private: bool) ->
         )  # fmt: skip
         return _memory_fault(span, private, refusal)
     return span.cut(int(wrong[0])) if wrong.size else span
+
+
+def no_slot_stop(vm: Vm, span: Span, private: bool) -> Stop:
+    """Say what an access without a slot is: MMIO if it is shared (kvm_handle_noslot_fault)."""
+    if not private:
+        return Stop("MMIO", gpa=span.start, size=min(span.size, 8))
+    refusal = MEMORY_FAULT(
+        f"gfn {span.gfn:#x} of {vm.info.label} was addressed as private; no slot covers it",
+        page=f"gfn {span.gfn:#x}", state="no slot", rule="Linux kvm_handle_noslot_fault",
+    )  # fmt: skip
+    return _memory_fault(span, private, refusal)
 
 
 def _memory_fault(span: Span, private: bool, refusal: RmemError) -> Stop:
@@ -189,7 +202,8 @@ def _judge(
         gfns = pages(span.gfn, span.npages)
         pfns, _ = unpack(vm.mirror.get(gfns))
         if (pfns < 0).any():
-            raise Retry
+            # unmapped again while the verdict waited: fault it in once more
+            return 0
         consumer = core.consumer(vm)
         if not private or consumer.ops.guest_access is None:
             return span.npages

@@ -39,6 +39,7 @@ from rmemd.model.vms import (
 from rmemd.units import MAX_GFN, PAGE_SIZE, bytes_to_pages, is_page_aligned
 
 VCPUS_MAX = 1024
+U64_MAX = (1 << 64) - 1
 RULE = "restrictedmem.md §2: bind"
 
 
@@ -49,8 +50,12 @@ def create_vm(
     config: Mapping[str, str],
     memlock_pages: int,
     name: str,
+    starts_private: bool | None = None,
 ) -> Steps[Vm]:
-    """Make a VM with a consumer of its own."""
+    """Make a VM with a consumer of its own.
+
+    ``starts_private`` is what its attributes are at first; left out, private if it has such memory.
+    """
     yield from ()
     if memlock_pages < 0:
         raise BAD_REQUEST(f"memlock_pages {memlock_pages}", field="memlock_pages")
@@ -60,11 +65,15 @@ def create_vm(
         number = tx.next_id("vm")
         if in_place is None:
             in_place = variant.personality == "in-place"
+        if starts_private is None:
+            starts_private = variant.private_memory
+        if starts_private and not variant.private_memory:
+            raise BAD_REQUEST(f"{consumer} has no private memory", field="starts_private")
         info = VmInfo(
             number, name, consumer, offer.platform, variant.private_memory, in_place,
             memlock_pages, dict(config),
         )  # fmt: skip
-        vm = core.vms.create(tx, info)
+        vm = core.vms.create(tx, info, starts_private)
         core.consumers[number] = core.registry.make(tx, number, consumer, config)
         tx.emit("vm_created", vm=number, consumer=consumer, name=name)
         return vm
@@ -151,6 +160,9 @@ def _check_shape(
         allowed = GUEST_MEMFD
     if flags & ~allowed:
         raise SLOT_INVALID(f"slot flags {flags:#x}", field="flags", rule=RULE)
+    if not flags & GUEST_MEMFD:
+        # the file's fields do not count
+        offset = 0
     for field, value in (
         ("size_bytes", size),
         ("gpa", gpa),
@@ -159,6 +171,10 @@ def _check_shape(
     ):
         if not is_page_aligned(value):
             raise SLOT_INVALID(f"{field} {value:#x} is not page-aligned", field=field, rule=RULE)
+    if offset + size > U64_MAX:
+        raise SLOT_INVALID(
+            f"{offset:#x}+{size:#x} wraps around", field="file_offset_bytes", rule=RULE
+        )
     if gpa + size > MAX_GFN * PAGE_SIZE:
         raise SLOT_INVALID(
             f"{gpa:#x}+{size:#x} is past the guest's addresses", field="gpa", rule=RULE

@@ -40,6 +40,12 @@ from rmemd.units import I64, LOFF_MAX, PAGE_SIZE, bytes_to_pages, is_page_aligne
 
 KEEP_SIZE = 1
 PUNCH_HOLE = 2
+COLLAPSE_RANGE, ZERO_RANGE, INSERT_RANGE, UNSHARE_RANGE, WRITE_ZEROES = 8, 16, 32, 64, 128
+# what vfs_fallocate lets through to the file system; the rest it refuses before the sum is checked
+VFS_MODES = {
+    0, KEEP_SIZE, PUNCH_HOLE | KEEP_SIZE, ZERO_RANGE, ZERO_RANGE | KEEP_SIZE, UNSHARE_RANGE,
+    UNSHARE_RANGE | KEEP_SIZE, COLLAPSE_RANGE, INSERT_RANGE, WRITE_ZEROES,
+}  # fmt: skip
 MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
 # pages allocated, or punched of a shared half, in one transaction
 BATCH_PAGES = 1 << 16
@@ -89,12 +95,12 @@ def _fallocate_range(mode: int, offset: int, length: int) -> tuple[int, int]:
     ):
         if bad:
             raise BAD_RANGE(f"{field} {value} is out of range", field=field, rule="VFS: fallocate")
-    if mode & ~(KEEP_SIZE | PUNCH_HOLE) or (mode & PUNCH_HOLE and not mode & KEEP_SIZE):
+    if mode not in VFS_MODES:
         raise FALLOCATE_MODE(f"mode {mode:#x}", field="mode", rule="VFS: fallocate")
     if offset + length > LOFF_MAX:
         raise OFFSET_TOO_BIG(f"{offset:#x}+{length:#x}", field="length_bytes", rule="VFS: EFBIG")
-    if not mode & KEEP_SIZE:
-        raise FALLOCATE_MODE("mode lacks KEEP_SIZE", field="mode", rule="restrictedmem.md §2")
+    if not mode & KEEP_SIZE or mode & ~(KEEP_SIZE | PUNCH_HOLE):
+        raise FALLOCATE_MODE(f"mode {mode:#x}", field="mode", rule="restrictedmem.md §2: fallocate")
     for field, value in (("offset_bytes", offset), ("length_bytes", length)):
         if not is_page_aligned(value):
             raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field, rule="restrictedmem.md §2")

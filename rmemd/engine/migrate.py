@@ -15,12 +15,12 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import in_progress, pin_entries, views_of
-from rmemd.engine.core import Core, Retry, Step, Steps
-from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, NO_FRAMES, RmemError
-from rmemd.hooks.tx import Held, Tx
+from rmemd.engine.core import Core, Step, Steps
+from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, NO_FRAMES, Kind, RmemError
+from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs, Why
 from rmemd.model import buddy
-from rmemd.model.files import RestrictedFile
+from rmemd.model.files import FLAG_ANONYMOUS, RestrictedFile
 from rmemd.model.host import Stored, Use
 from rmemd.model.vms import Vm, unpack
 from rmemd.units import I64, Bools, run_breaks
@@ -98,9 +98,14 @@ def _move_batch(
 
     try:
         report.moves += yield from core.unit(one)
-    except (Held, Retry):
-        raise
     except RmemError as refusal:
+        if src.size > 1 and refusal.reason.kind is Kind.REFUSED:
+            # one page's refusal is not its neighbours': find it by halves
+            half = src.size // 2
+            for part in (slice(0, half), slice(half, src.size)):
+                target = None if dst is None else dst[part]
+                yield from _move_batch(core, number, src[part], target, nodes, report)
+            return
         file = core.files.get(number)
         outcome = Outcome.UNMOVABLE if refusal.reason is FOLIO_UNMOVABLE else Outcome.FAILED
         gfns = _gfns(file, core.host.pgoff.get(src))[1]
@@ -116,7 +121,7 @@ def _move(
         return []
     file = core.files.get(number)
     pgoffs = core.host.pgoff.get(src)
-    private = core.host.use.get(src) == Use.PRIVATE
+    private = governed(core, file, src)
     _require_movable(core, file, src, private)
     start, npages = int(pgoffs.min()), int(pgoffs.max() - pgoffs.min()) + 1
     core.require_idle("file", number, start, npages)
@@ -141,6 +146,17 @@ def _move(
         _unblock(core, tx, file, blocked, src, dst, ok)
         moved = _retire(core, tx, file, pgoffs, src, dst, ok)
         return moves + moved
+
+
+def governed(core: Core, file: RestrictedFile, pfns: I64) -> Bools:
+    """Return which frames the hook decides about.
+
+    Those of private pages; in place, one folio serves either state, so all of the file's.
+    """
+    if file.info.in_place and not file.info.flags & FLAG_ANONYMOUS:
+        return np.ones(pfns.size, dtype=np.bool_)
+    mine: Bools = core.host.use.get(pfns) == Use.PRIVATE
+    return mine
 
 
 def _require_movable(core: Core, file: RestrictedFile, src: I64, private: Bools) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.core import Core, Step, Steps
-from rmemd.engine.fault import Trace, fault, file_of, is_private, map_now, unmapped
+from rmemd.engine.fault import Stale, Trace, fault, file_of, is_private, map_now, unmapped
 from rmemd.errors import (
     BAD_RANGE,
     BAD_REQUEST,
@@ -145,7 +145,10 @@ def finalize(core: Core, number: int) -> Steps[bytes]:
 
 
 def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Steps[PreFaulted]:
-    """Fault a guest range in, page after page as KVM does, a prefix kept on refusal."""
+    """Fault a guest range in; what stops it is raised only if nothing was done before, as in KVM.
+
+    A caller goes on with what is left, and then meets the refusal.
+    """
     vm = core.vms.alive(number)
     if not is_page_aligned(gpa) or not is_page_aligned(size):
         raise NOT_PAGE_ALIGNED(f"{gpa:#x}+{size:#x}", field="gpa")
@@ -160,10 +163,13 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
             result.retries += yield from fault_in(
                 core, vm, slot, at, n, result.trace if traced else None
             )
-        except RmemError as refusal:
+        except Stale:
+            result.retries += 1
+            continue
+        except RmemError:
             if not result.done_pages:
                 raise
-            raise refusal.with_details(progress_pages=result.done_pages) from refusal
+            return result
         result.done_pages += n
         result.left_bytes = size - result.done_pages * PAGE_SIZE
         vm = core.vms.alive(number)

@@ -177,6 +177,9 @@ class HookServices(Protocol):
     def vcpu_count(self, vm: int) -> int:
         """Count the VM's vCPUs."""
 
+    def kill(self, tx: Tx, vm: int, reason: str) -> None:
+        """Mark the VM dead."""
+
     def injected(self, tx: Tx, vm: int, point: str) -> str:
         """Return what a fault rule says should go wrong at ``point`` now, "" for nothing."""
 
@@ -217,6 +220,10 @@ class HookTx:
     def kick(self) -> None:
         """Have every vCPU of the VM that is in the guest leave it (``leave`` runs for each)."""
         self._services.kick(self._tx, self._vm)
+
+    def kill(self, reason: str) -> None:
+        """Mark the VM dead (kvm_vm_dead), while what the hook did stands."""
+        self._services.kill(self._tx, self._vm, reason)
 
     @property
     def vcpu_count(self) -> int:

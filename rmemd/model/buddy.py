@@ -57,7 +57,7 @@ def give(host: Host, tx: Tx, pfns: I64) -> None:
 
 def free_pages(host: Host, node: NodeRange) -> int:
     """Return how many frames of a node are free."""
-    return int(_block_counts(host, node).sum())
+    return int(_block_counts(host, node).sum(dtype=np.int64))
 
 
 def free_2m_blocks(host: Host, node: NodeRange) -> int:

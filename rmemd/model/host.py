@@ -110,7 +110,11 @@ class Host:
 
     def counts(self) -> dict[Use, int]:
         """Count frames by use."""
-        found = np.bincount(self.use.view, minlength=len(Use))
+        free = self.free_in_block.view
+        # only blocks that are not wholly free need to be looked at
+        touched = self.use.view.reshape(-1, PMD_PAGES)[free < PMD_PAGES]
+        found = np.bincount(touched.ravel(), minlength=len(Use))
+        found[Use.FREE] = int(free.sum(dtype=np.int64))
         return {use: int(found[use]) for use in Use}
 
 

@@ -156,11 +156,10 @@ class Vms:
         self._space = space
         self._info: Records = tx.create(TableSpec("vms", "records"))
 
-    def create(self, tx: Tx, info: VmInfo) -> Vm:
-        """Make a VM; confidential ones start private, ordinary ones shared."""
+    def create(self, tx: Tx, info: VmInfo, starts_private: bool) -> Vm:
+        """Make a VM whose attributes are all private, or all shared, at first."""
         prefix = f"vm/{info.vm}/"
-        initially = int(info.private_memory)
-        tx.create(TableSpec(prefix + "attributes", "sparse", "u1", initially))
+        tx.create(TableSpec(prefix + "attributes", "sparse", "u1", int(starts_private)))
         tx.create(TableSpec(prefix + "mirror", "sparse", "i8"))
         tx.create(TableSpec(prefix + "slotmap", "sparse", "u2"))
         tx.create(TableSpec(prefix + "slots", "records"))

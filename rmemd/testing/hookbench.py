@@ -38,6 +38,7 @@ class HookBench:
         platform: the compiled platform ops.
         byte_ops: the byte movements named by the last hook that was run.
         injections: point -> what ``tx.injected`` answers there, once.
+        killed: vm -> why a hook killed it.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class HookBench:
         self.injections: dict[str, str] = {}
         self.vcpus: dict[int, int] = {}
         self.inside: dict[int, list[int]] = {}
+        self.killed: dict[int, str] = {}
         self.platform: PlatformOps = compile_platform(platform, name)
         self._consumers: dict[int, tuple[object, NotifierOps]] = {}
         tx = Tx(self.space, "start")
@@ -107,6 +109,10 @@ class HookBench:
     def vcpu_count(self, vm: int) -> int:
         """Count the VM's vCPUs."""
         return self.vcpus[vm]
+
+    def kill(self, tx: Tx, vm: int, reason: str) -> None:
+        """Remember why the VM was killed."""
+        self.killed[vm] = reason
 
     def injected(self, tx: Tx, vm: int, point: str) -> str:
         """Answer an injection once."""

@@ -1,0 +1,1 @@
+"""rmemctl, the command line of rmemd; ``main`` is where to start reading."""

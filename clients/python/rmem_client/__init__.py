@@ -1,0 +1,61 @@
+"""Python client library of rmemd: ``Client``, typed errors, watches and packed records."""
+
+from .client import Client
+from .errors import (
+    AlreadyExists,
+    Busy,
+    Cancelled,
+    DaemonUnreachable,
+    DeadlineExceeded,
+    Denied,
+    Exhausted,
+    FailedPrecondition,
+    Holder,
+    InvalidArgument,
+    NotFound,
+    NotServed,
+    OutOfRange,
+    PluginFault,
+    Poisoned,
+    Refused,
+    RmemError,
+    Unavailable,
+    Unsupported,
+)
+from .packed import Frames, Range, pack_ranges, unpack_frames, unpack_ranges
+from .paths import default_socket_dir
+from .watch import Event, Lost, Progress, Watch, WatchItem
+
+__all__ = [
+    "AlreadyExists",
+    "Busy",
+    "Cancelled",
+    "Client",
+    "DaemonUnreachable",
+    "DeadlineExceeded",
+    "Denied",
+    "Event",
+    "Exhausted",
+    "FailedPrecondition",
+    "Frames",
+    "Holder",
+    "InvalidArgument",
+    "Lost",
+    "NotFound",
+    "NotServed",
+    "OutOfRange",
+    "PluginFault",
+    "Poisoned",
+    "Progress",
+    "Range",
+    "Refused",
+    "RmemError",
+    "Unavailable",
+    "Unsupported",
+    "Watch",
+    "WatchItem",
+    "default_socket_dir",
+    "pack_ranges",
+    "unpack_frames",
+    "unpack_ranges",
+]

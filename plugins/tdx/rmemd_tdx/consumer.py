@@ -114,7 +114,7 @@ class TdxConsumer:
         if not refusal.details.vendor_status:
             raise refusal
         tx.set(self.td.fields, "BUGGED", 1)
-        tx.emit("tdx.vm_bugged", vm=self.td.vm, status=refusal.details.vendor_status)
+        tx.kill(f"bugged by a failed SEAMCALL: {refusal.details.vendor_status}")
 
     # --- map and launch -------------------------------------------------------------------------
     @property

@@ -1,0 +1,200 @@
+"""The invariants that hold between any two operations, as one function.
+
+Owns ``check``, which reads every table and writes none. Numbers are those of reliability.md §3.
+It costs a sweep of the host, so it is for tests, for a daemon's self-check and for simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+import numpy as np
+
+from rmemd.engine.compact import movable_frames
+from rmemd.engine.core import Core
+from rmemd.engine.fault import is_private
+from rmemd.hooks.tables import Sparse
+from rmemd.model.files import PRIVATE, RestrictedFile
+from rmemd.model.host import ARENA, POISON, Stored, Use
+from rmemd.model.vms import Vm, unpack
+from rmemd.units import I64, MAX_GFN, PMD_PAGES, Bools, pages
+
+IN_FILES = (Use.PRIVATE, Use.SHARED)
+
+
+def check(core: Core) -> list[str]:
+    """Return what is violated, one line each, as "I3: ..."; empty when all is well."""
+    return list(
+        chain(
+            _owners(core), _counts(core), _free(core), _mirrors(core), _slots(core),
+            _movable(core), _handles(core),
+        )
+    )  # fmt: skip
+
+
+def _owners(core: Core) -> Iterator[str]:
+    """I1: own(frame) = page exactly if frame(page) = frame."""
+    host = core.host
+    claimed = np.zeros(host.nframes, dtype=np.int64)
+    for file in core.files.all():
+        for table, use in _halves(file):
+            pgoffs = table.touched(0, file.info.size_pages)
+            if table.touched(0, MAX_GFN).size != pgoffs.size:
+                yield f"I1: {table.name} has pages past the file's {file.info.size_pages}"
+            pfns = np.asarray(table.get(pgoffs), dtype=np.int64) - 1
+            np.add.at(claimed, pfns, 1)
+            bad = (host.owner.get(pfns) != file.info.file) | (host.pgoff.get(pfns) != pgoffs)
+            yield from _named("I1", bad, pfns, f"is in {table.name}, which it does not name")
+            used = _expected_use(file, pgoffs, use)
+            wrong = host.use.get(pfns) != used
+            yield from _named("I1", wrong, pfns, f"is in {table.name}, but of another use")
+    every = pages(0, host.nframes)
+    yield from _named("I1", claimed > 1, every, "is the frame of two pages")
+    owned = host.owner.view != 0
+    yield from _named("I1", owned & (claimed == 0), every, "has an owner that does not know it")
+    loose = np.isin(host.use.view, IN_FILES) & ~owned & (host.refs.view == 0)
+    yield from _named("I1", loose & (host.pins.view == 0), every, "is in use by nobody")
+
+
+def _halves(file: RestrictedFile) -> list[tuple[Sparse, Use]]:
+    return [(file.frames, Use.PRIVATE), (file.shared, Use.SHARED)]
+
+
+def _expected_use(file: RestrictedFile, pgoffs: I64, use: Use) -> I64:
+    if not file.info.in_place:
+        return np.full(pgoffs.size, int(use), dtype=np.int64)
+    private = file.attributes.get(pgoffs) == PRIVATE
+    return np.where(private, int(Use.PRIVATE), int(Use.SHARED))
+
+
+def _counts(core: Core) -> Iterator[str]:
+    """I2: references and pins are the sums over named holders."""
+    host, space = core.host, core.space
+    sums = {longterm: np.zeros(host.nframes, dtype=np.int64) for longterm in (False, True)}
+    for entry in core.ledger.entries():
+        table = space.tables[entry.table]
+        assert isinstance(table, Sparse)
+        pfns = table.touched(0, host.nframes)
+        sums[entry.longterm][pfns] += table.get(pfns).astype(np.int64)
+    every = pages(0, host.nframes)
+    yield from _named("I2", sums[False] != host.refs.view, every, "has anonymous references")
+    yield from _named("I2", sums[True] != host.pins.view, every, "has anonymous pins")
+
+
+def _free(core: Core) -> Iterator[str]:
+    """I3, I4: a free frame is nobody's and holds no guest's bytes; the blocks' counts are true."""
+    host = core.host
+    every = pages(0, host.nframes)
+    free = host.use.view == Use.FREE
+    for column in (host.refs, host.pins, host.owner):
+        yield from _named("I3", free & (column.view != 0), every, f"is free with {column.name}")
+    counted = free.reshape(-1, PMD_PAGES).sum(axis=1)
+    for block in np.flatnonzero(counted != host.free_in_block.view).tolist():
+        yield f"I3: block {block} has {counted[block]} free frames, not the number it says"
+    # what the host itself wrote to a frame that was free is under no key, and wiped at the taking
+    unscrubbed = (host.key.view != 0) | ~np.isin(host.stored.view, (Stored.RAW_ZERO, Stored.BYTES))
+    yield from _named("I4", free & unscrubbed, every, "is free and not scrubbed")
+    poisoned = (host.flags.view & POISON) != 0
+    yield from _named("I4", free & poisoned, every, "is free and poisoned")
+    bytes_nowhere = (host.stored.view == Stored.BYTES) & ((host.flags.view & ARENA) == 0)
+    yield from _named("I4", bytes_nowhere, every, "has bytes that the arena has not")
+
+
+def _mirrors(core: Core) -> Iterator[str]:
+    """I3, I5, I7: what is mapped is the right page of the right file, in the right state."""
+    for vm in core.vms.all():
+        gfns = vm.mirror.touched(0, MAX_GFN)
+        pfns, shared = unpack(vm.mirror.get(gfns))
+        poisoned = core.host.poisoned(pfns)
+        yield from _named("I7", poisoned, pfns, f"is poisoned and mapped by {vm.info.label}")
+        seen = np.zeros(gfns.size, dtype=np.bool_)
+        for _, slot in vm.slots.items():
+            at = np.flatnonzero((gfns >= slot.gfn) & (gfns < slot.gfn + slot.npages))
+            seen[at] = True
+            if not at.size:
+                continue
+            if not core.files.exists(slot.file):
+                yield f"I7: {vm.info.label} maps pages of file/{slot.file}, which is gone"
+                continue
+            file = core.files.get(slot.file)
+            pgoffs = gfns[at] - slot.gfn + slot.pgoff
+            for private in (True, False):
+                mine = shared[at] != private
+                found = file.half(private).get(pgoffs[mine]).astype(np.int64) - 1
+                wrong = found != pfns[at][mine]
+                yield from _named("I7", wrong, pfns[at][mine], "is mapped, but not that page's")
+            state = is_private(core, vm, gfns[at], slot)
+            wrong = state == shared[at]
+            yield from _named("I5", wrong, gfns[at], f"of {vm.info.label} is mapped as the other")
+        yield from _named("I7", ~seen, gfns, f"of {vm.info.label} is mapped without a slot")
+
+
+def _slots(core: Core) -> Iterator[str]:
+    """I3: slots, the slot map and the files' bindings say the same."""
+    bound = {
+        (file.info.file, *key, binding.pgoff, binding.npages, binding.gfn)
+        for file in core.files.all()
+        for key, binding in file.bindings.items()
+    }
+    slots = {
+        (slot.file, vm.info.vm, index, slot.pgoff, slot.npages, slot.gfn)
+        for vm in core.vms.all()
+        for index, slot in vm.slots.items()
+        if slot.restricted and core.files.exists(slot.file)
+    }
+    for name in sorted(bound ^ slots):
+        yield f"I3: slot and binding differ at (file, vm, slot, pgoff, npages, gfn) {name}"
+    for vm in core.vms.all():
+        yield from _slot_map(vm)
+
+
+def _slot_map(vm: Vm) -> Iterator[str]:
+    covered = 0
+    for index, slot in vm.slots.items():
+        covered += slot.npages
+        if not vm.slotmap.equals(slot.gfn, slot.npages, index + 1):
+            yield f"I3: the slot map of {vm.info.label} differs from slot {index}"
+    _, counts, values = vm.slotmap.runs(0, MAX_GFN)
+    if int(counts[values != 0].sum()) != covered:
+        yield f"I3: the slot map of {vm.info.label} covers more than its slots"
+
+
+def _movable(core: Core) -> Iterator[str]:
+    """I9: a private page may move only if its consumer has migrate_folio, poison never."""
+    host = core.host
+    every = pages(0, host.nframes)
+    movable = movable_frames(core, every)
+    yield from _named("I9", movable & (host.owner.view == 0), every, "is movable and nobody's")
+    poisoned = (host.flags.view & POISON) != 0
+    yield from _named("I9", movable & poisoned, every, "is movable and poisoned")
+    unmovable = [
+        file.info.file
+        for file in core.files.all()
+        if file.info.vm not in core.consumers
+        or core.consumers[file.info.vm].ops.migrate_folio is None
+    ]
+    private = (host.use.view == Use.PRIVATE) & np.isin(host.owner.view, unmovable)
+    yield from _named("I9", movable & private, every, "is movable without migrate_folio")
+
+
+def _handles(core: Core) -> Iterator[str]:
+    """I16: no handle is above its counter, so none is given out twice; VMs have a consumer."""
+    numbers = {
+        "vm": [vm.info.vm for vm in core.vms.all()],
+        "file": [file.info.file for file in core.files.all()],
+        "key": [number for number, _ in core.host.keys.items()],
+    }
+    for counter, used in numbers.items():
+        if max(used, default=0) > core.host.counters.get(counter, 0):
+            yield f"I16: {counter} {max(used)} is above the counter"
+    if set(numbers["vm"]) != set(core.consumers):
+        yield "I16: VMs and consumers are not the same"
+
+
+def _named(rule: str, wrong: Bools, numbers: I64, what: str) -> Iterator[str]:
+    """Name the first page that a rule is broken for, and how many more there are."""
+    bad = np.flatnonzero(wrong)
+    if bad.size:
+        more = f" (and {bad.size - 1} more)" if bad.size > 1 else ""
+        yield f"{rule}: page {int(numbers[bad[0]]):#x}{more} {what}"

@@ -1,0 +1,310 @@
+"""HostService: the host's memory and the jobs that move it. Decode, call the engine, encode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from rmem.v1 import host_pb2 as pb
+from rmem.v1 import types_pb2
+from rmemd.engine import queries
+from rmemd.engine.compact import frame_range
+from rmemd.engine.core import Core
+from rmemd.engine.engine import Engine
+from rmemd.engine.faultrules import Rule
+from rmemd.engine.migrate import Moved, Outcome, Report
+from rmemd.engine.physical import resolve
+from rmemd.errors import BAD_RANGE, BAD_REQUEST, NO_SUCH_REASON, REASONS, Reason
+from rmemd.hooks.types import Agent
+from rmemd.model import buddy
+from rmemd.model.host import NodeRange
+from rmemd.model.vms import unpack
+from rmemd.rpc.dispatch import Call
+from rmemd.rpc.status import refusal_of
+from rmemd.units import I64, PAGE_SIZE, pages, run_breaks
+
+MAP_RUNS_MAX = 4096
+MAP_FRAMES_MAX = 1 << 20
+AGENTS: dict[int, Agent] = {
+    types_pb2.AGENT_HOST_USER: Agent.HOST_USER,
+    types_pb2.AGENT_HOST_KERNEL: Agent.HOST_KERNEL,
+    types_pb2.AGENT_DEVICE: Agent.DEVICE,
+}
+
+
+class HostService:
+    """The host."""
+
+    def __init__(self, engine: Engine, version: str) -> None:
+        self._engine = engine
+        self._version = version
+
+    def GetHost(self, request: pb.GetHostRequest, call: Call) -> pb.GetHostResponse:
+        revision, reply = self._engine.read(_host)
+        reply.revision, reply.version = revision, self._version
+        return reply
+
+    def GetPageMap(self, request: pb.GetPageMapRequest, call: Call) -> pb.GetPageMapResponse:
+        revision, reply = self._engine.read(lambda core: _page_map(core, request))
+        reply.revision = revision
+        return reply
+
+    def GetPage(self, request: pb.GetPageRequest, call: Call) -> pb.GetPageResponse:
+        revision, page = self._engine.read(
+            lambda core: queries.page(core, _resolve(core, request.page))
+        )
+        return _page(page, revision)
+
+    def ReadPhysical(self, request: pb.ReadPhysicalRequest, call: Call) -> pb.ReadPhysicalResponse:
+        agent, bus = _agent(request.agent, request.level)
+        data = self._engine.read_physical(request.pfn, request.npages, agent, bus)
+        return pb.ReadPhysicalResponse(revision=self._engine.revision, data=data)
+
+    def WritePhysical(
+        self, request: pb.WritePhysicalRequest, call: Call
+    ) -> pb.WritePhysicalResponse:
+        agent, bus = _agent(request.agent, request.level)
+        self._engine.write_physical(request.pfn, request.data, agent, bus)
+        return pb.WritePhysicalResponse(revision=self._engine.revision)
+
+    def CopyPhysical(self, request: pb.CopyPhysicalRequest, call: Call) -> pb.CopyPhysicalResponse:
+        agent, bus = _agent(request.agent, request.level)
+        self._engine.copy_physical(request.src_pfn, request.dst_pfn, request.npages, agent, bus)
+        return pb.CopyPhysicalResponse(revision=self._engine.revision)
+
+    def Migrate(self, request: pb.MigrateRequest, call: Call) -> pb.MigrateResponse:
+        _, pfns = self._engine.read(lambda core: _to_move(core, request))
+        node = request.node if request.HasField("node") else None
+        report = self._engine.migrate(pfns, node)
+        return pb.MigrateResponse(revision=self._engine.revision, report=_report(report))
+
+    def Compact(self, request: pb.CompactRequest, call: Call) -> pb.CompactResponse:
+        done = self._engine.compact(request.node)
+        return pb.CompactResponse(
+            revision=self._engine.revision, report=_report(done.report),
+            free_2m_before=done.free_2m_before, free_2m_after=done.free_2m_after,
+            blocked_2m=done.blocked_2m,
+        )  # fmt: skip
+
+    def Offline(self, request: pb.OfflineRequest, call: Call) -> pb.OfflineResponse:
+        done = self._engine.offline(request.pfns.start, request.pfns.npages)
+        return pb.OfflineResponse(
+            revision=self._engine.revision, report=_report(done.report), offline=done.offline
+        )
+
+    def Online(self, request: pb.OnlineRequest, call: Call) -> pb.OnlineResponse:
+        online = self._engine.online(request.pfns.start, request.pfns.npages)
+        return pb.OnlineResponse(revision=self._engine.revision, online=online)
+
+    def Poison(self, request: pb.PoisonRequest, call: Call) -> pb.PoisonResponse:
+        _, pfn = self._engine.read(lambda core: _resolve(core, request.page))
+        done = self._engine.poison(pfn)
+        return pb.PoisonResponse(
+            revision=self._engine.revision, pfn=done.pfn, vm=done.vm, vm_lost=done.vm_lost,
+            text=done.text,
+        )  # fmt: skip
+
+    def GetAccounting(
+        self, request: pb.GetAccountingRequest, call: Call
+    ) -> pb.GetAccountingResponse:
+        revision, reply = self._engine.read(lambda core: _accounts(core, request.vm))
+        reply.revision = revision
+        return reply
+
+    def AddFaultRule(self, request: pb.AddFaultRuleRequest, call: Call) -> pb.AddFaultRuleResponse:
+        rule = request.rule
+        made = self._engine.add_fault_rule(
+            rule.vm, rule.point, rule.error, rule.nth or 1, rule.times or 1
+        )
+        return pb.AddFaultRuleResponse(revision=self._engine.revision, rule=made.rule)
+
+    def ListFaultRules(
+        self, request: pb.ListFaultRulesRequest, call: Call
+    ) -> pb.ListFaultRulesResponse:
+        revision, rules = self._engine.read(lambda core: core.rules.all())
+        return pb.ListFaultRulesResponse(revision=revision, rules=map(_rule, rules))
+
+    def RemoveFaultRule(
+        self, request: pb.RemoveFaultRuleRequest, call: Call
+    ) -> pb.RemoveFaultRuleResponse:
+        self._engine.remove_fault_rule(request.rule)
+        return pb.RemoveFaultRuleResponse(revision=self._engine.revision)
+
+    def ExplainReason(
+        self, request: pb.ExplainReasonRequest, call: Call
+    ) -> pb.ExplainReasonResponse:
+        wanted = sorted(REASONS) if not request.reason else [request.reason.upper()]
+        if wanted[0] not in REASONS:
+            raise NO_SUCH_REASON(f"no reason {request.reason!r}", field="reason")
+        return pb.ExplainReasonResponse(
+            revision=self._engine.revision, reasons=[_reason(REASONS[name]) for name in wanted]
+        )
+
+
+# --- decoding --------------------------------------------------------------------------------
+def _agent(agent: int, level: int) -> tuple[Agent, bool]:
+    if agent not in AGENTS:
+        raise BAD_REQUEST(f"no agent {agent}", field="agent")
+    if level not in types_pb2.AccessLevel.values():
+        raise BAD_REQUEST(f"no level {level}", field="level")
+    return AGENTS[agent], level == types_pb2.ACCESS_LEVEL_BUS
+
+
+def _resolve(core: Core, address: pb.PageAddress) -> int:
+    which = address.WhichOneof("address")
+    guest, page = address.guest, address.file_page
+    return resolve(
+        core,
+        address.pfn if which == "pfn" else None,
+        (guest.vm, guest.gfn) if which == "guest" else None,
+        (page.file, page.pgoff) if which == "file_page" else None,
+    )
+
+
+def _to_move(core: Core, request: pb.MigrateRequest) -> I64:
+    found = []
+    for wanted in request.pfns:
+        found.append(frame_range(core, wanted.start, wanted.npages))
+    if request.gfns:
+        vm = core.vms.get(request.vm)
+        for wanted in request.gfns:
+            if wanted.start < 0 or not 0 < wanted.npages <= core.host.nframes:
+                raise BAD_RANGE(f"gfn {wanted.start:#x}+{wanted.npages:#x}", field="gfns")
+            pfns, _ = unpack(vm.mirror.get(pages(wanted.start, wanted.npages)))
+            found.append(pfns[pfns >= 0])
+    if not found:
+        raise BAD_REQUEST("no page is named", field="pfns")
+    return np.concatenate(found)
+
+
+# --- encoding --------------------------------------------------------------------------------
+def _host(core: Core) -> pb.GetHostResponse:
+    counts = core.host.counts()
+    reply = pb.GetHostResponse(
+        mock=True, seed=core.options.seed, nframes=core.host.nframes,
+        free_pages=sum(buddy.free_pages(core.host, node) for node in core.host.nodes),
+        vms=len(core.vms.all()), files=len(core.files.all()), daemon_rss_bytes=_rss(),
+        nodes=[_node(core, node) for node in core.host.nodes],
+    )  # fmt: skip
+    for use, npages in counts.items():
+        reply.counts.add(use=int(use) + 1, npages=npages)
+    return reply
+
+
+def _use(use: int) -> pb.FrameUse.ValueType:
+    return cast("pb.FrameUse.ValueType", int(use) + 1)
+
+
+def _rss() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
+
+
+def _node(core: Core, node: NodeRange) -> pb.Node:
+    return pb.Node(
+        node=node.node, first_pfn=node.first, npages=node.npages,
+        free_pages=buddy.free_pages(core.host, node),
+        free_blocks=buddy.free_blocks(core.host, node),
+        free_2m_blocks=buddy.free_2m_blocks(core.host, node),
+    )  # fmt: skip
+
+
+def _page_map(core: Core, request: pb.GetPageMapRequest) -> pb.GetPageMapResponse:
+    nframes = core.host.nframes
+    first = request.first_pfn
+    npages = request.npages or nframes - first
+    frame_range(core, first, max(npages, 1))
+    if request.max_runs < 0:
+        raise BAD_REQUEST("max_runs is negative", field="max_runs")
+    limit = min(request.max_runs or MAP_RUNS_MAX, MAP_RUNS_MAX)
+    npages = min(npages, MAP_FRAMES_MAX)
+    m = queries.frame_map(core, first, npages)
+    breaks = m.breaks()
+    edges = np.append(breaks, npages)[: limit + 1]
+    reply = pb.GetPageMapResponse()
+    starts, counts = edges[:-1], np.diff(edges)
+    for at, count in zip(starts.tolist(), counts.tolist(), strict=True):
+        owned = bool(m.file[at])
+        reply.runs.add(
+            pfn=int(m.pfns[at]), npages=count, use=int(m.use[at]) + 1, file=int(m.file[at]),
+            pgoff=int(m.pgoff[at]) if owned else 0, vm=int(m.vm[at]), gfn=int(m.gfn[at]),
+            mapped=bool(m.mapped[at]), vendor_state=m.state_names[int(m.state[at])],
+            poisoned=bool(m.poisoned[at]),
+        )  # fmt: skip
+    columns = (m.pfns[starts], counts, m.use[starts] + 1, m.vm[starts], m.gfn[starts])
+    reply.packed = np.stack(columns, axis=1).astype("<i8").tobytes()
+    end = first + int(edges[-1])
+    reply.next_pfn = (
+        end if end < nframes and (request.npages == 0 or end < first + request.npages) else 0
+    )
+    return reply
+
+
+def _page(page: queries.Page, revision: int) -> pb.GetPageResponse:
+    reply = pb.GetPageResponse(
+        revision=revision, pfn=page.pfn, node=page.node, use=_use(page.use), file=page.file,
+        pgoff=page.pgoff, vm=page.vm, gfn=page.gfn, is_private=page.is_private, mapped=page.mapped,
+        vendor_state=page.vendor_state, content=page.content, references=page.references,
+        pins=page.pins, expected_references=page.expected, poisoned=page.poisoned,
+        movable=bool(page.file) and not page.unmovable, unmovable_reason=page.unmovable,
+    )  # fmt: skip
+    for holder, longterm in page.holders:
+        reply.holders.add(
+            name=holder.name, purpose=holder.purpose, count=holder.count, longterm=longterm
+        )
+    return reply
+
+
+def _report(report: Report) -> pb.MoveReport:
+    reply = pb.MoveReport(
+        moved=report.count(Outcome.MOVED), unmovable=report.count(Outcome.UNMOVABLE),
+        busy=report.count(Outcome.BUSY), failed=report.count(Outcome.FAILED),
+    )  # fmt: skip
+    for move in report.moves:
+        _add_runs(reply, move)
+    return reply
+
+
+def _add_runs(reply: pb.MoveReport, move: Moved) -> None:
+    moved = move.outcome is Outcome.MOVED
+    breaks = run_breaks(move.src, move.dst) if moved else run_breaks(move.src)
+    ends = np.append(breaks[1:], move.src.size)
+    for at, end in zip(breaks.tolist(), ends.tolist(), strict=True):
+        run = reply.runs.add(
+            src_pfn=int(move.src[at]), dst_pfn=int(move.dst[at]), npages=end - at,
+            outcome=int(move.outcome), vm=move.vm, gfn=int(move.gfns[at]),
+        )  # fmt: skip
+        if move.refusal is not None:
+            run.refusal.CopyFrom(refusal_of(move.refusal))
+
+
+def _accounts(core: Core, vm: int) -> pb.GetAccountingResponse:
+    if vm:
+        core.vms.get(vm)
+    reply = pb.GetAccountingResponse()
+    for file in core.files.all():
+        if vm in (0, file.info.vm):
+            a = queries.account(core, file)
+            reply.files.add(
+                file=a.file, vm=a.vm, size_pages=a.size, private_pages=a.private,
+                shared_pages=a.shared, found_pages=a.found, double_pages=a.double,
+                held_pages=a.held,
+            )  # fmt: skip
+    counts = core.host.counts()
+    reply.leaked_pages = next(n for use, n in counts.items() if use.name == "LEAKED")
+    return reply
+
+
+def _rule(rule: Rule) -> pb.FaultRule:
+    return pb.FaultRule(
+        rule=rule.rule, vm=rule.vm, point=rule.point, error=rule.error, nth=rule.nth,
+        times=rule.times,
+    )  # fmt: skip
+
+
+def _reason(reason: Reason) -> pb.ReasonInfo:
+    return pb.ReasonInfo(
+        reason=reason.name, code=reason.kind.code, errno_name=reason.errno_name,
+        cause=reason.cause, remedy=reason.remedy, source=reason.source,
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""From a refusal to google.rpc.Status: the one place where errors meet the wire.
+
+Owns the mapping. Every status carries ErrorInfo (domain "rmemd") and our own Refusal; by its kind
+also BadRequest, PreconditionFailure, RetryInfo or QuotaFailure, so that generic clients understand.
+"""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from rmem.v1 import types_pb2
+from rmemd.errors import Kind, RmemError
+
+DOMAIN = "rmemd"
+# how long a client does well to wait before it tries a busy page again
+RETRY_NANOS = 10_000_000
+
+
+def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Status:
+    """Return what a handler aborts with."""
+    code = grpc.StatusCode[refusal.reason.kind.code]
+    status = Status(code=code.value[0], message=f"{refusal.reason.name}: {refusal.message}")
+    for detail in (info(refusal, correlation), refusal_of(refusal, revision), *_by_kind(refusal)):
+        packed = AnyMessage()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return rpc_status.to_status(status)
+
+
+def refusal_of(refusal: RmemError, revision: int = 0) -> types_pb2.Refusal:
+    """Return a refusal as our own message."""
+    d = refusal.details
+    message = types_pb2.Refusal(
+        reason=refusal.reason.name,
+        errno=refusal.errno,
+        errno_name=refusal.errno_name,
+        field=d.field,
+        page=d.page,
+        state=d.state,
+        rule=d.rule,
+        remedy=refusal.reason.remedy,
+        vendor_status=d.vendor_status,
+        # 64-bit statuses have their top bit set: the field carries the same bits, signed
+        vendor_value=_signed(d.vendor_value or 0),
+        where=d.where,
+        revision=revision,
+    )
+    if d.progress_pages is not None:
+        message.progress_pages = d.progress_pages
+    if d.error_offset is not None:
+        message.error_offset_bytes = d.error_offset
+    for holder in d.holders:
+        message.holders.add(name=holder.name, purpose=holder.purpose, count=holder.count)
+    return message
+
+
+def info(refusal: RmemError, correlation: str) -> error_details_pb2.ErrorInfo:
+    """Return a refusal as ErrorInfo, with what applies as metadata."""
+    d = refusal.details
+    named = {
+        "errno": refusal.errno_name,
+        "page": d.page,
+        "state": d.state,
+        "rule": d.rule,
+        "holders": ", ".join(map(str, d.holders)),
+        "remedy": refusal.reason.remedy,
+        "vendor_status": d.vendor_status,
+        "where": d.where,
+        "field": d.field,
+        "correlation_id": correlation,
+    }
+    return error_details_pb2.ErrorInfo(
+        reason=refusal.reason.name,
+        domain=DOMAIN,
+        metadata={key: value for key, value in named.items() if value},
+    )
+
+
+def _by_kind(refusal: RmemError) -> list[Message]:
+    kind, d = refusal.reason.kind, refusal.details
+    if kind is Kind.INVALID:
+        violation = error_details_pb2.BadRequest.FieldViolation(
+            field=d.field, description=refusal.message
+        )
+        return [error_details_pb2.BadRequest(field_violations=[violation])]
+    if kind in (Kind.REFUSED, Kind.UNSUPPORTED):
+        failure = error_details_pb2.PreconditionFailure.Violation(
+            type=refusal.reason.name, subject=d.page or d.where, description=refusal.message
+        )
+        return [error_details_pb2.PreconditionFailure(violations=[failure])]
+    if kind in (Kind.BUSY, Kind.UNAVAILABLE):
+        return [error_details_pb2.RetryInfo(retry_delay=Duration(nanos=RETRY_NANOS))]
+    if kind is Kind.EXHAUSTED:
+        quota = error_details_pb2.QuotaFailure.Violation(
+            subject=d.where or "host", description=refusal.message
+        )
+        return [error_details_pb2.QuotaFailure(violations=[quota])]
+    return []
+
+
+def _signed(value: int) -> int:
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    return value - (1 << 64) if value >> 63 else value

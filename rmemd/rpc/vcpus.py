@@ -1,0 +1,68 @@
+"""VcpuService: vCPUs. Decode, call the engine, encode; nothing else."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from rmem.v1 import vcpu_pb2 as pb
+from rmemd.engine.engine import Engine
+from rmemd.engine.programme import Instruction, Opcode, Pattern
+from rmemd.engine.vcpu import Exited
+from rmemd.errors import BAD_REQUEST
+from rmemd.rpc.dispatch import Call
+from rmemd.rpc.status import refusal_of
+
+OPCODES = frozenset(int(opcode) for opcode in Opcode)
+PATTERNS = frozenset(int(pattern) for pattern in Pattern)
+
+
+class VcpuService:
+    """vCPUs by VM and index."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def CreateVcpu(self, request: pb.CreateVcpuRequest, call: Call) -> pb.CreateVcpuResponse:
+        self._engine.create_vcpu(request.vm, request.vcpu)
+        return pb.CreateVcpuResponse(revision=self._engine.revision)
+
+    def SetProgramme(self, request: pb.SetProgrammeRequest, call: Call) -> pb.SetProgrammeResponse:
+        programme = tuple(_decode(i, one) for i, one in enumerate(request.programme))
+        self._engine.set_programme(request.vm, request.vcpu, programme, request.lazy_accept)
+        return pb.SetProgrammeResponse(revision=self._engine.revision)
+
+    def RunVcpu(self, request: pb.RunVcpuRequest, call: Call) -> pb.RunVcpuResponse:
+        if request.max_instructions < 0:
+            raise BAD_REQUEST("max_instructions is negative", field="max_instructions")
+        exited = self._engine.run_vcpu(
+            request.vm, request.vcpu, request.hypercall_result, request.max_instructions,
+            call.is_over,
+        )  # fmt: skip
+        return _encode(exited, self._engine.revision)
+
+
+def _decode(index: int, one: pb.Instruction) -> Instruction:
+    if int(one.opcode) not in OPCODES:
+        raise BAD_REQUEST(f"no opcode {one.opcode}", field=f"programme[{index}].opcode")
+    pattern = int(one.pattern) or int(Pattern.BYTE)
+    if pattern not in PATTERNS:
+        raise BAD_REQUEST(f"no pattern {one.pattern}", field=f"programme[{index}].pattern")
+    return Instruction(
+        Opcode(one.opcode), one.gpa, one.length_bytes, Pattern(pattern), one.value, one.private,
+        one.level, one.times,
+    )  # fmt: skip
+
+
+def _encode(exited: Exited, revision: int) -> pb.RunVcpuResponse:
+    vcpu = exited.vcpu
+    reply = pb.RunVcpuResponse(
+        revision=revision, exit_reason=cast("pb.ExitReason.ValueType", int(exited.reason)),
+        errno=exited.errno, flags=exited.flags,
+        gpa=exited.gpa, size_bytes=exited.size, value=exited.value, text=exited.text,
+        vendor_status=exited.status, instructions=vcpu.instructions, checked_pages=vcpu.checked,
+        mismatched_pages=vcpu.mismatched, first_mismatch_gfn=vcpu.first_mismatch,
+        call_status=vcpu.call_status, call_status_name=vcpu.call_status_name,
+    )  # fmt: skip
+    if exited.refusal is not None:
+        reply.refusal.CopyFrom(refusal_of(exited.refusal, revision))
+    return reply
