@@ -222,418 +222,213 @@ def _reason(name: str, kind: Kind, errno: str, cause: str, remedy: str, source: 
 GMEM = "Linux virt/kvm/guest_memfd.c; restrictedmem.md §2"
 KVM = "Linux virt/kvm/kvm_main.c; restrictedmem.md §2"
 
+# fmt: off
 # --- the request is wrong --------------------------------------------------------------------
-BAD_REQUEST = _reason(
-    "BAD_REQUEST",
-    Kind.INVALID,
-    "EINVAL",
+BAD_REQUEST = _reason("BAD_REQUEST", Kind.INVALID, "EINVAL",
     "A field is missing, malformed or out of its range.",
-    "Correct the field that is named.",
-)
-UNKNOWN_FLAG = _reason(
-    "UNKNOWN_FLAG",
-    Kind.INVALID,
-    "EINVAL",
+    "Correct the field that is named.")
+UNKNOWN_FLAG = _reason("UNKNOWN_FLAG", Kind.INVALID, "EINVAL",
     "A flag bit is set that does not exist.",
     "Clear the unknown bits.",
-    GMEM,
-)
-NOT_PAGE_ALIGNED = _reason(
-    "NOT_PAGE_ALIGNED",
-    Kind.INVALID,
-    "EINVAL",
+    GMEM)
+NOT_PAGE_ALIGNED = _reason("NOT_PAGE_ALIGNED", Kind.INVALID, "EINVAL",
     "An offset, address or length is not a multiple of 4096 bytes.",
     "Align it to the page size.",
-    GMEM,
-)
-BAD_RANGE = _reason(
-    "BAD_RANGE",
-    Kind.INVALID,
-    "EINVAL",
+    GMEM)
+BAD_RANGE = _reason("BAD_RANGE", Kind.INVALID, "EINVAL",
     "A range is empty, wraps around or leaves its file, slot or address space.",
     "Give a range inside the object.",
-    GMEM,
-)
-OFFSET_TOO_BIG = _reason(
-    "OFFSET_TOO_BIG",
-    Kind.INVALID,
-    "EFBIG",
+    GMEM)
+OFFSET_TOO_BIG = _reason("OFFSET_TOO_BIG", Kind.INVALID, "EFBIG",
     "offset + length passes 2^63-1, which the VFS refuses before the file sees it.",
     "Give a range below 2^63.",
-    GMEM,
-)
-FALLOCATE_MODE = _reason(
-    "FALLOCATE_MODE",
-    Kind.INVALID,
-    "EOPNOTSUPP",
+    GMEM)
+FALLOCATE_MODE = _reason("FALLOCATE_MODE", Kind.INVALID, "EOPNOTSUPP",
     "fallocate() takes KEEP_SIZE, alone or with PUNCH_HOLE, and nothing else.",
     "Set KEEP_SIZE.",
-    GMEM,
-)
+    GMEM)
 # --- handles and names -----------------------------------------------------------------------
-NO_SUCH_VM = _reason(
-    "NO_SUCH_VM",
-    Kind.NOT_FOUND,
-    "ENOENT",
+NO_SUCH_VM = _reason("NO_SUCH_VM", Kind.NOT_FOUND, "ENOENT",
     "No VM has this handle (handles are never used again).",
-    "List the VMs.",
-)
-NO_SUCH_FILE = _reason(
-    "NO_SUCH_FILE",
-    Kind.NOT_FOUND,
-    "EBADF",
+    "List the VMs.")
+NO_SUCH_FILE = _reason("NO_SUCH_FILE", Kind.NOT_FOUND, "EBADF",
     "No restricted file has this handle (handles are never used again).",
-    "List the files.",
-)
-NO_SUCH_VCPU = _reason(
-    "NO_SUCH_VCPU",
-    Kind.NOT_FOUND,
-    "ENOENT",
+    "List the files.")
+NO_SUCH_VCPU = _reason("NO_SUCH_VCPU", Kind.NOT_FOUND, "ENOENT",
     "The VM has no vCPU with this index.",
-    "Create the vCPU first.",
-)
-NO_SUCH_SLOT = _reason(
-    "NO_SUCH_SLOT",
-    Kind.INVALID,
-    "EINVAL",
+    "Create the vCPU first.")
+NO_SUCH_SLOT = _reason("NO_SUCH_SLOT", Kind.INVALID, "EINVAL",
     "The memslot that is to be deleted does not exist.",
     "List the VM's slots.",
-    KVM,
-)
-NO_SUCH_CONSUMER = _reason(
-    "NO_SUCH_CONSUMER",
-    Kind.NOT_FOUND,
-    "ENOENT",
+    KVM)
+NO_SUCH_CONSUMER = _reason("NO_SUCH_CONSUMER", Kind.NOT_FOUND, "ENOENT",
     "No plugin that was loaded offers this consumer and variant.",
-    "See the list of consumers; a quarantined plugin is listed with its error.",
-)
-NO_SUCH_RULE = _reason(
-    "NO_SUCH_RULE",
-    Kind.NOT_FOUND,
-    "ENOENT",
+    "See the list of consumers; a quarantined plugin is listed with its error.")
+NO_SUCH_RULE = _reason("NO_SUCH_RULE", Kind.NOT_FOUND, "ENOENT",
     "No fault rule has this handle.",
-    "List the fault rules.",
-)
-NO_SUCH_PIN = _reason(
-    "NO_SUCH_PIN",
-    Kind.NOT_FOUND,
-    "ENOENT",
+    "List the fault rules.")
+NO_SUCH_PIN = _reason("NO_SUCH_PIN", Kind.NOT_FOUND, "ENOENT",
     "No pin has this handle.",
-    "Read the holders of the page.",
-)
-NO_SUCH_REASON = _reason(
-    "NO_SUCH_REASON",
-    Kind.NOT_FOUND,
-    "ENOENT",
+    "Read the holders of the page.")
+NO_SUCH_REASON = _reason("NO_SUCH_REASON", Kind.NOT_FOUND, "ENOENT",
     "The catalogue has no such reason.",
-    "List the reasons.",
-)
-EXISTS = _reason(
-    "EXISTS",
-    Kind.EXISTS,
-    "EEXIST",
+    "List the reasons.")
+EXISTS = _reason("EXISTS", Kind.EXISTS, "EEXIST",
     "An object with this index exists already.",
-    "Choose another index, or delete it first.",
-)
+    "Choose another index, or delete it first.")
 # --- memslots and bindings -------------------------------------------------------------------
-SLOT_INVALID = _reason(
-    "SLOT_INVALID",
-    Kind.INVALID,
-    "EINVAL",
+SLOT_INVALID = _reason("SLOT_INVALID", Kind.INVALID, "EINVAL",
     "The slot number, flags, size, address or offset is not valid for a memslot.",
     "Correct the field that is named.",
-    KVM,
-)
-SLOT_OVERLAP = _reason(
-    "SLOT_OVERLAP",
-    Kind.EXISTS,
-    "EEXIST",
+    KVM)
+SLOT_OVERLAP = _reason("SLOT_OVERLAP", Kind.EXISTS, "EEXIST",
     "The guest range overlaps another slot of the VM.",
     "Delete or move the other slot.",
-    KVM,
-)
-SLOT_IMMUTABLE = _reason(
-    "SLOT_IMMUTABLE",
-    Kind.INVALID,
-    "EINVAL",
+    KVM)
+SLOT_IMMUTABLE = _reason("SLOT_IMMUTABLE", Kind.INVALID, "EINVAL",
     "A slot bound to a restricted file cannot be moved, re-set or change its flags.",
     "Delete the slot and add it again.",
-    KVM,
-)
-BINDING_OVERLAP = _reason(
-    "BINDING_OVERLAP",
-    Kind.EXISTS,
-    "EEXIST",
+    KVM)
+BINDING_OVERLAP = _reason("BINDING_OVERLAP", Kind.EXISTS, "EEXIST",
     "Part of the file's range is bound already (Linux up to 7.1 says EINVAL).",
     "Bind another range, or delete the slot that has it.",
-    GMEM,
-)
-BINDING_FOREIGN = _reason(
-    "BINDING_FOREIGN",
-    Kind.INVALID,
-    "EINVAL",
+    GMEM)
+BINDING_FOREIGN = _reason("BINDING_FOREIGN", Kind.INVALID, "EINVAL",
     "The file belongs to another VM, or is not a restricted file.",
     "Create the file for this VM.",
-    GMEM,
-)
-FILE_GONE = _reason(
-    "FILE_GONE",
-    Kind.REFUSED,
-    "EFAULT",
+    GMEM)
+FILE_GONE = _reason("FILE_GONE", Kind.REFUSED, "EFAULT",
     "The slot's restricted file was closed.",
     "Delete the slot and bind another file.",
-    GMEM,
-)
+    GMEM)
 # --- attributes, conversion, population ------------------------------------------------------
-ATTRIBUTES_UNSUPPORTED = _reason(
-    "ATTRIBUTES_UNSUPPORTED",
-    Kind.INVALID,
-    "EINVAL",
+ATTRIBUTES_UNSUPPORTED = _reason("ATTRIBUTES_UNSUPPORTED", Kind.INVALID, "EINVAL",
     "The VM has no private memory, or an attribute other than PRIVATE was named.",
     "Use a VM type with private memory and only the PRIVATE attribute.",
-    KVM,
-)
-WRONG_PERSONALITY = _reason(
-    "WRONG_PERSONALITY",
-    Kind.UNSUPPORTED,
-    "ENOTTY",
+    KVM)
+WRONG_PERSONALITY = _reason("WRONG_PERSONALITY", Kind.UNSUPPORTED, "ENOTTY",
     "The VM converts through the other interface; the two are exclusive.",
     "VM attributes for `attributes`, the file's attributes for `in-place`.",
-    GMEM,
-)
+    GMEM)
 OP_NOT_IMPLEMENTED_BY_CONSUMER = _reason(
-    "OP_NOT_IMPLEMENTED_BY_CONSUMER",
-    Kind.UNSUPPORTED,
-    "EOPNOTSUPP",
+    "OP_NOT_IMPLEMENTED_BY_CONSUMER", Kind.UNSUPPORTED, "EOPNOTSUPP",
     "The consumer has a NULL op there.",
-    "Read the consumer's ops table; choose a variant that implements the op.",
-)
-FOLIO_UNMOVABLE = _reason(
-    "FOLIO_UNMOVABLE",
-    Kind.UNSUPPORTED,
-    "EOPNOTSUPP",
-    "The consumer's migrate_folio is NULL: the store must not move its private folios, and the "
-    "consumer is not asked.",
+    "Read the consumer's ops table; choose a variant that implements the op.")
+FOLIO_UNMOVABLE = _reason("FOLIO_UNMOVABLE", Kind.UNSUPPORTED, "EOPNOTSUPP",
+    "The consumer's migrate_folio is NULL: the store must not move its private folios, and "
+    "the consumer is not asked.",
     "Choose a variant that implements migrate_folio.",
-    "Sean Christopherson, 22 Dec 2022; restrictedmem.md §1",
-)
-FOLIO_BUSY = _reason(
-    "FOLIO_BUSY",
-    Kind.BUSY,
-    "EAGAIN",
+    "Sean Christopherson, 22 Dec 2022; restrictedmem.md §1")
+FOLIO_BUSY = _reason("FOLIO_BUSY", Kind.BUSY, "EAGAIN",
     "Somebody holds a reference beyond the expected ones.",
     "Have the holders that are named let go, then try again.",
-    "restrictedmem.md §2",
-)
-RANGE_IN_PROGRESS = _reason(
-    "RANGE_IN_PROGRESS",
-    Kind.BUSY,
-    "EAGAIN",
+    "restrictedmem.md §2")
+RANGE_IN_PROGRESS = _reason("RANGE_IN_PROGRESS", Kind.BUSY, "EAGAIN",
     "Another operation is in progress on the range.",
     "Try again.",
-    KVM,
-)
-NOT_PRIVATE = _reason(
-    "NOT_PRIVATE",
-    Kind.INVALID,
-    "EINVAL",
+    KVM)
+NOT_PRIVATE = _reason("NOT_PRIVATE", Kind.INVALID, "EINVAL",
     "The range is not wholly private.",
     "Convert it first.",
-    GMEM,
-)
-NOT_PAUSED = _reason(
-    "NOT_PAUSED",
-    Kind.REFUSED,
-    "EINVAL",
+    GMEM)
+NOT_PAUSED = _reason("NOT_PAUSED", Kind.REFUSED, "EINVAL",
     "The VM was finalized, and its initial image can no longer change.",
     "Populate before finalize.",
-    "tdx.md §4, snp.md §4",
-)
-NOT_FINALIZED = _reason(
-    "NOT_FINALIZED",
-    Kind.REFUSED,
-    "EINVAL",
+    "tdx.md §4, snp.md §4")
+NOT_FINALIZED = _reason("NOT_FINALIZED", Kind.REFUSED, "EINVAL",
     "The VM has not been finalized, so its vCPUs cannot run.",
     "Finalize it first.",
-    "tdx.md §4, snp.md §4",
-)
+    "tdx.md §4, snp.md §4")
+PRE_FAULT_TOO_EARLY = _reason("PRE_FAULT_TOO_EARLY", Kind.REFUSED, "EOPNOTSUPP",
+    "Memory of a VM that is to be measured cannot be faulted in before it is finalized.",
+    "Finalize the VM first.",
+    "Linux kvm_arch_vcpu_pre_fault_memory: pre_fault_allowed")
 # --- faults ----------------------------------------------------------------------------------
-NO_MEMSLOT = _reason(
-    "NO_MEMSLOT",
-    Kind.NOT_FOUND,
-    "ENOENT",
+NO_MEMSLOT = _reason("NO_MEMSLOT", Kind.NOT_FOUND, "ENOENT",
     "No memslot covers the page.",
     "Add a slot over it.",
-    "restrictedmem.md §3, pre_fault_memory",
-)
-MEMORY_FAULT = _reason(
-    "MEMORY_FAULT",
-    Kind.REFUSED,
-    "EFAULT",
+    "restrictedmem.md §3, pre_fault_memory")
+MEMORY_FAULT = _reason("MEMORY_FAULT", Kind.REFUSED, "EFAULT",
     "The access does not match the page's attribute, or the slot has no restricted file.",
     "Convert the range, or bind a file; then run the vCPU again.",
-    KVM,
-)
-HOST_SIGBUS = _reason(
-    "HOST_SIGBUS",
-    Kind.REFUSED,
-    "EFAULT",
+    KVM)
+HOST_SIGBUS = _reason("HOST_SIGBUS", Kind.REFUSED, "EFAULT",
     "The host touched, through its mapping, a page that is private or past the file: SIGBUS.",
     "Convert the page to shared first.",
-    GMEM,
-)
-NOT_MAPPABLE = _reason(
-    "NOT_MAPPABLE",
-    Kind.UNSUPPORTED,
-    "ENODEV",
+    GMEM)
+NOT_MAPPABLE = _reason("NOT_MAPPABLE", Kind.UNSUPPORTED, "ENODEV",
     "The file was created without the MMAP flag, so the host has no mapping of it.",
     "Create the file with MMAP, or use the VM's shared half.",
-    GMEM,
-)
-HW_POISON = _reason(
-    "HW_POISON",
-    Kind.POISON,
-    "EHWPOISON",
+    GMEM)
+HW_POISON = _reason("HW_POISON", Kind.POISON, "EHWPOISON",
     "The frame is poisoned, and poison is sticky.",
     "Punch the page and fault it again.",
-    GMEM,
-)
-HOST_ACCESS_FAULT = _reason(
-    "HOST_ACCESS_FAULT",
-    Kind.REFUSED,
-    "EFAULT",
+    GMEM)
+HOST_ACCESS_FAULT = _reason("HOST_ACCESS_FAULT", Kind.REFUSED, "EFAULT",
     "The CPU's own check stopped the host's access to a private frame.",
     "Private frames are the guest's; ask the guest to share the page.",
-    "snp.md §2, tdx.md §6, pkvm.md §3",
-)
-VM_DEAD = _reason(
-    "VM_DEAD",
-    Kind.REFUSED,
-    "EIO",
+    "snp.md §2, tdx.md §6, pkvm.md §3")
+VM_DEAD = _reason("VM_DEAD", Kind.REFUSED, "EIO",
     "The VM was killed by a fatal fault and can only be destroyed.",
     "Destroy the VM.",
-    KVM,
-)
-VM_FROZEN = _reason(
-    "VM_FROZEN",
-    Kind.REFUSED,
-    "EIO",
+    KVM)
+VM_FROZEN = _reason("VM_FROZEN", Kind.REFUSED, "EIO",
     "A hook of the VM's consumer overran its deadline, and the VM was frozen.",
-    "See the daemon's log for the hook; destroy the VM.",
-)
-VCPU_BUSY = _reason(
-    "VCPU_BUSY",
-    Kind.BUSY,
-    "EBUSY",
+    "See the daemon's log for the hook; destroy the VM.")
+VCPU_BUSY = _reason("VCPU_BUSY", Kind.BUSY, "EBUSY",
     "The vCPU is running in another call.",
-    "Wait for that call to return.",
-)
-VM_IN_USE = _reason(
-    "VM_IN_USE", Kind.BUSY, "EBUSY", "A vCPU of the VM is running.", "Wait for its call to return."
-)
+    "Wait for that call to return.")
+VM_IN_USE = _reason("VM_IN_USE", Kind.BUSY, "EBUSY",
+    "A vCPU of the VM is running.",
+    "Wait for its call to return.")
 # --- resources -------------------------------------------------------------------------------
-NO_FRAMES = _reason(
-    "NO_FRAMES",
-    Kind.EXHAUSTED,
-    "ENOMEM",
+NO_FRAMES = _reason("NO_FRAMES", Kind.EXHAUSTED, "ENOMEM",
     "The host, or the node asked for, has too few free frames.",
-    "Punch or close something, or start the daemon with more --host-memory.",
-)
-NO_SLOT_NUMBERS = _reason(
-    "NO_SLOT_NUMBERS",
-    Kind.INVALID,
-    "EINVAL",
+    "Punch or close something, or start the daemon with more --host-memory.")
+NO_SLOT_NUMBERS = _reason("NO_SLOT_NUMBERS", Kind.INVALID, "EINVAL",
     "The slot number is not below the limit.",
     "Use a slot number below the limit.",
-    KVM,
-)
-NO_KEY_SLOTS = _reason(
-    "NO_KEY_SLOTS",
-    Kind.EXHAUSTED,
-    "ENOSPC",
+    KVM)
+NO_KEY_SLOTS = _reason("NO_KEY_SLOTS", Kind.EXHAUSTED, "ENOSPC",
     "The platform has no free HKID or ASID.",
-    "Destroy a VM of this vendor.",
-)
-TOO_MANY = _reason(
-    "TOO_MANY",
-    Kind.EXHAUSTED,
-    "ENOSPC",
+    "Destroy a VM of this vendor.")
+TOO_MANY = _reason("TOO_MANY", Kind.EXHAUSTED, "ENOSPC",
     "A limit of the daemon is reached.",
-    "Let go of some, or ask for fewer at a time.",
-)
-MESSAGE_TOO_BIG = _reason(
-    "MESSAGE_TOO_BIG",
-    Kind.EXHAUSTED,
-    "EMSGSIZE",
+    "Let go of some, or ask for fewer at a time.")
+MESSAGE_TOO_BIG = _reason("MESSAGE_TOO_BIG", Kind.EXHAUSTED, "EMSGSIZE",
     "The message or the byte range is larger than one call may carry.",
-    "Split it; bulk calls take at most 1 MiB.",
-)
-SYSTEM_MEMORY = _reason(
-    "SYSTEM_MEMORY",
-    Kind.EXHAUSTED,
-    "ENOMEM",
+    "Split it; bulk calls take at most 1 MiB.")
+SYSTEM_MEMORY = _reason("SYSTEM_MEMORY", Kind.EXHAUSTED, "ENOMEM",
     "The system under the daemon has no memory left for the bytes; nothing was changed.",
-    "Free memory on the machine, or give the daemon a smaller --host-memory.",
-)
+    "Free memory on the machine, or give the daemon a smaller --host-memory.")
 # --- plugins ---------------------------------------------------------------------------------
-PLUGIN_RAISED = _reason(
-    "PLUGIN_RAISED",
-    Kind.PLUGIN,
-    "EIO",
+PLUGIN_RAISED = _reason("PLUGIN_RAISED", Kind.PLUGIN, "EIO",
     "A hook raised an exception; its transaction was undone.",
-    "See the daemon's log under the correlation id; fix or unload the plugin.",
-)
-PLUGIN_NONSENSE = _reason(
-    "PLUGIN_NONSENSE",
-    Kind.PLUGIN,
-    "EIO",
+    "See the daemon's log under the correlation id; fix or unload the plugin.")
+PLUGIN_NONSENSE = _reason("PLUGIN_NONSENSE", Kind.PLUGIN, "EIO",
     "A hook gave an answer outside its contract; its transaction was undone.",
-    "Fix the plugin: the hook reference lists the legal answers.",
-)
-PLUGIN_INVALID = _reason(
-    "PLUGIN_INVALID",
-    Kind.PLUGIN,
-    "",
+    "Fix the plugin: the hook reference lists the legal answers.")
+PLUGIN_INVALID = _reason("PLUGIN_INVALID", Kind.PLUGIN, "",
     "A plugin could not be registered, and is quarantined.",
-    "Correct the hook that is named; the hook reference gives the signature.",
-)
-INTERNAL = _reason(
-    "INTERNAL",
-    Kind.PLUGIN,
-    "EIO",
+    "Correct the hook that is named; the hook reference gives the signature.")
+INTERNAL = _reason("INTERNAL", Kind.PLUGIN, "EIO",
     "The daemon failed in a way it has no name for; the transaction was undone.",
-    "Report it with the correlation id.",
-)
-REVISION_COMPACTED = _reason(
-    "REVISION_COMPACTED",
-    Kind.RANGE,
-    "",
+    "Report it with the correlation id.")
+REVISION_COMPACTED = _reason("REVISION_COMPACTED", Kind.RANGE, "",
     "The events after this revision are no longer kept.",
-    "List the objects again and watch from the revision of that reply.",
-)
+    "List the objects again and watch from the revision of that reply.")
 # --- host maintenance ------------------------------------------------------------------------
-FRAME_IN_USE = _reason(
-    "FRAME_IN_USE",
-    Kind.BUSY,
-    "EBUSY",
+FRAME_IN_USE = _reason("FRAME_IN_USE", Kind.BUSY, "EBUSY",
     "The frame has an owner, so it cannot be used as a destination.",
-    "Choose a free frame.",
-)
-FRAME_NOT_OWNED = _reason(
-    "FRAME_NOT_OWNED",
-    Kind.REFUSED,
-    "ENOENT",
+    "Choose a free frame.")
+FRAME_NOT_OWNED = _reason("FRAME_NOT_OWNED", Kind.REFUSED, "ENOENT",
     "The frame has no owner, so there is nothing to move.",
-    "Read the page map.",
-)
-BAD_NODE = _reason(
-    "BAD_NODE", Kind.INVALID, "EINVAL", "The host has no such NUMA node.", "Read the host's nodes."
-)
-MEMLOCK = _reason(
-    "MEMLOCK",
-    Kind.EXHAUSTED,
-    "ENOMEM",
+    "Read the page map.")
+BAD_NODE = _reason("BAD_NODE", Kind.INVALID, "EINVAL",
+    "The host has no such NUMA node.",
+    "Read the host's nodes.")
+MEMLOCK = _reason("MEMLOCK", Kind.EXHAUSTED, "ENOMEM",
     "The pin would exceed the VM's RLIMIT_MEMLOCK.",
     "Raise the VM's memlock limit.",
-    "pkvm.md §2",
-)
+    "pkvm.md §2")
+# fmt: on

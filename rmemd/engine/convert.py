@@ -29,7 +29,7 @@ from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Content, Runs, Why
 from rmemd.model.files import RestrictedFile
 from rmemd.model.host import ARENA, Stored, Use
-from rmemd.model.vms import ATTRIBUTE_PRIVATE, Vm
+from rmemd.model.vms import ATTRIBUTE_PRIVATE, Slot, Vm
 from rmemd.store.controller import Contents
 from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, bytes_to_pages, is_page_aligned
 
@@ -93,12 +93,22 @@ def _set_range(core: Core, number: int, start: int, npages: int, private: bool) 
         return 1
     core.require_idle("vm", number, start, npages)
     with core.tx("set attributes") as tx:
-        overlaps = not vm.slotmap.equals(start, npages, 0)
-        views = [View(vm, start, npages)] if overlaps else []
+        slots = _slots(vm, start, npages)
+        views = [View(vm, start, npages)] if slots else []
+        for slot in slots:
+            if core.files.exists(slot.file):
+                lo, hi = max(slot.gfn, start), min(slot.gfn + slot.npages, start + npages)
+                file, shift = core.files.get(slot.file), slot.pgoff - slot.gfn
+                frames.charge_found(core, tx, file, lo + shift, hi - lo)
         with invalidating(core, tx, views, Why.CONVERT):
             tx.fill(vm.attributes, start, npages, int(private))
         tx.emit("attributes_set", vm=number, gfn=start, npages=npages, private=private)
     return 0
+
+
+def _slots(vm: Vm, start: int, npages: int) -> list[Slot]:
+    _, _, values = vm.slotmap.runs(start, npages)
+    return [vm.slots[number - 1] for number in np.unique(values[values > 0]).tolist()]
 
 
 # --- in place --------------------------------------------------------------------------------

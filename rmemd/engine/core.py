@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from rmemd.model.buddy import give
 from rmemd.model.files import Files, RestrictedFile
 from rmemd.model.host import ARENA, Host
 from rmemd.model.ledger import Ledger
-from rmemd.model.vms import Vm, Vms
+from rmemd.model.vms import Vcpu, Vm, Vms
 from rmemd.store.controller import Contents, MemoryController
 from rmemd.store.memfd import Memfd
 from rmemd.units import I64
@@ -262,6 +262,26 @@ class Core:
         """Count an invalidation, so that a fault that looked its page up before retries."""
         self._ranges.setdefault(("vm", vm), _Ranges()).sequence += 1
 
+    # --- vCPUs in and out of the guest ---------------------------------------------------------
+    def enter(self, tx: Tx, vm: Vm, index: int) -> Vcpu:
+        """Have a vCPU enter the guest if it is outside; the vendor may refuse."""
+        vcpu = vm.vcpu(index)
+        if vcpu.inside:
+            return vcpu
+        consumer = self.consumer(vm)
+        if consumer.ops.enter is not None:
+            consumer.call(tx, "enter", index)
+        vcpu = replace(vcpu, inside=True)
+        tx.set(vm.vcpus, index, vcpu)
+        return vcpu
+
+    def leave(self, tx: Tx, vm: Vm, index: int) -> None:
+        """Have a vCPU that is in the guest leave it."""
+        consumer = self.consumer(vm)
+        if consumer.ops.leave is not None:
+            consumer.call(tx, "leave", index)
+        tx.set(vm.vcpus, index, replace(vm.vcpu(index), inside=False))
+
     # --- objects beside the tables -----------------------------------------------------------
     def consumer(self, vm: Vm) -> Consumer:
         """Return a VM's consumer."""
@@ -293,9 +313,10 @@ class Core:
     # --- what hooks may ask ------------------------------------------------------------------
     def kick(self, tx: Tx, vm: int) -> None:
         """Have the VM's vCPUs leave the guest; they stand between two steps, so at once."""
-        from rmemd.engine.vcpu import leave_all
-
-        leave_all(self, tx, self.vms.get(vm))
+        found = self.vms.get(vm)
+        for index, vcpu in found.vcpus.items():
+            if vcpu.inside:
+                self.leave(tx, found, index)
 
     def vcpu_count(self, vm: int) -> int:
         """Count the VM's vCPUs."""

@@ -74,8 +74,6 @@ def make_call(
 def _ask(
     core: Core, number: int, index: int, call: GuestCall, span: Span, instruction: Instruction
 ) -> Steps[CallAnswer | Called | Stop]:
-    from rmemd.engine.vcpu import enter
-
     yield from ()
     vm = core.vms.alive(number)
     core.require_idle("vm", number, span.gfn, span.npages)
@@ -88,7 +86,7 @@ def _ask(
             return stop
     consumer = core.consumer(vm)
     with core.tx("guest call") as tx:
-        enter(core, tx, vm, index)
+        core.enter(tx, vm, index)
         if consumer.ops.guest_call is None:
             return Called(span.npages, True, UNKNOWN_CALL, "unknown call")
         answer: CallAnswer = consumer.call(

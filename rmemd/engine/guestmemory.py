@@ -193,12 +193,10 @@ def _judge(
     core: Core, number: int, index: int, span: Span, private: bool, write: bool
 ) -> Steps[int | Done | Stop]:
     """Ask the consumer; return how many pages from the front may be touched."""
-    from rmemd.engine.vcpu import enter
-
     yield from ()
     vm = core.vms.alive(number)
     with core.tx("guest") as tx:
-        enter(core, tx, vm, index)
+        core.enter(tx, vm, index)
         gfns = pages(span.gfn, span.npages)
         pfns, _ = unpack(vm.mirror.get(gfns))
         if (pfns < 0).any():

@@ -16,6 +16,7 @@ from rmemd.hooks.tables import Space, Write
 from rmemd.hooks.tx import Tx
 
 KEPT_RECORDS = 4096
+KEPT_BYTES = 16 << 20
 KEPT_EVENTS = 65536
 
 
@@ -26,6 +27,12 @@ class Record:
     revision: int
     label: str
     writes: tuple[Write, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Return roughly how much memory the record's arrays take."""
+        arrays = (arg for write in self.writes for arg in write.args)
+        return 256 * len(self.writes) + sum(getattr(arg, "nbytes", 0) for arg in arrays)
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,21 @@ class Journal:
 
     Attributes:
         revision: of the last committed transaction, 0 before the first.
+        records: the newest ones, bounded in number and bytes unless all are kept.
     """
 
     def __init__(self, kept_records: int | None = KEPT_RECORDS) -> None:
         self.revision = 0
         self.records: deque[Record] = deque(maxlen=kept_records)
+        self._bytes = 0
+        self._bounded = kept_records is not None
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._compacted = 0
 
     def append(self, tx: Tx) -> int:
         """Record a transaction and return its revision."""
         self.revision += 1
-        self.records.append(Record(self.revision, tx.label, tuple(tx.redo)))
+        self._keep(Record(self.revision, tx.label, tuple(tx.redo)))
         for kind, fields in tx.events:
             if len(self._events) == KEPT_EVENTS:
                 self._compacted = self._events[0].revision
@@ -80,6 +90,14 @@ class Journal:
     def oldest_revision(self) -> int:
         """Return the revision that a watch can start from at the earliest."""
         return self._compacted
+
+    def _keep(self, record: Record) -> None:
+        if self._bounded and len(self.records) == self.records.maxlen:
+            self._bytes -= self.records.popleft().nbytes
+        self.records.append(record)
+        self._bytes += record.nbytes
+        while self._bounded and self._bytes > KEPT_BYTES and len(self.records) > 1:
+            self._bytes -= self.records.popleft().nbytes
 
     def _newest(self, revision: int) -> Iterator[Event]:
         for event in reversed(self._events):

@@ -21,6 +21,7 @@ from rmemd.errors import (
     NOT_PAUSED,
     NOT_PRIVATE,
     OP_NOT_IMPLEMENTED_BY_CONSUMER,
+    PRE_FAULT_TOO_EARLY,
     RmemError,
 )
 from rmemd.hooks.types import PageKind, Populated, Runs
@@ -154,6 +155,10 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
         raise NOT_PAGE_ALIGNED(f"{gpa:#x}+{size:#x}", field="gpa")
     if size <= 0 or gpa + size > MAX_GFN * PAGE_SIZE:
         raise BAD_RANGE(f"{gpa:#x}+{size:#x} is empty or wraps", field="size_bytes")
+    if core.consumer(vm).ops.finalize is not None and vm.info.state == "building":
+        raise PRE_FAULT_TOO_EARLY(
+            f"{vm.info.label} is not finalized", state="building", rule="snp.md §4, tdx.md §4"
+        )
     result = PreFaulted(0, size, 0, Trace())
     first, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
     while result.done_pages < npages:

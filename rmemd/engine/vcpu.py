@@ -114,39 +114,12 @@ def _run(
         yield Step("guest")
 
 
-def enter(core: Core, tx: Tx, vm: Vm, index: int) -> Vcpu:
-    """Have a vCPU enter the guest if it is outside; the vendor may refuse."""
-    vcpu = vm.vcpu(index)
-    if vcpu.inside:
-        return vcpu
-    consumer = core.consumer(vm)
-    if consumer.ops.enter is not None:
-        consumer.call(tx, "enter", index)
-    vcpu = replace(vcpu, inside=True)
-    tx.set(vm.vcpus, index, vcpu)
-    return vcpu
-
-
-def leave_all(core: Core, tx: Tx, vm: Vm) -> None:
-    """Have every vCPU of a VM leave the guest (an IPI to each)."""
-    for index, vcpu in vm.vcpus.items():
-        if vcpu.inside:
-            _leave_one(core, tx, vm, index)
-
-
-def _leave_one(core: Core, tx: Tx, vm: Vm, index: int) -> None:
-    consumer = core.consumer(vm)
-    if consumer.ops.leave is not None:
-        consumer.call(tx, "leave", index)
-    tx.set(vm.vcpus, index, replace(vm.vcpu(index), inside=False))
-
-
 def _leave(core: Core, number: int, index: int) -> Steps[None]:
     yield from ()
     vm = core.vms.get(number)
     if vm.vcpu(index).inside:
         with core.tx("leave") as tx:
-            _leave_one(core, tx, vm, index)
+            core.leave(tx, vm, index)
 
 
 def _answer_hypercall(core: Core, number: int, index: int, answer: int) -> Steps[None]:
@@ -172,7 +145,7 @@ def _instruction(core: Core, number: int, index: int) -> Steps[Exited | None]:
     if instruction.opcode in CALLS:
         return (yield from _call(core, number, index, instruction))
     with core.tx("guest") as tx:
-        vcpu = enter(core, tx, vm, index)
+        vcpu = core.enter(tx, vm, index)
         return _control(tx, vm, vcpu, instruction)
 
 
