@@ -64,8 +64,9 @@ check-imports: $(READY)
 check-protos: $(READY)
 	$(call quietly,protos,PYTHON=$(BIN)/python protos/generate.sh check)
 
+# figures as ratios beside their floors, into build/bench.jsonl
 bench: $(READY)
-	@$(BIN)/python -m pytest -q tests/bench $(ARGS)
+	@$(BIN)/python -m tests.bench
 
 # format the .proto files and write protos/gen anew
 protos: $(READY)

@@ -21,6 +21,7 @@ from rmemd.hooks.types import (
     HOST_VIEWS,
     AccessAnswer,
     AccessCode,
+    CallAction,
     CallAnswer,
     Content,
     HostAnswer,
@@ -48,7 +49,7 @@ class Guard:
     clock: Callable[[], float]
     deadline_seconds: float = DEADLINE_SECONDS
     overdue: list[tuple[int, str, float]] = field(default_factory=list)
-    report: Callable[[str, Exception], None] = lambda where, error: None
+    report: Callable[[str, BaseException], None] = lambda where, error: None
 
     def call(self, vm: int, where: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a hook.
@@ -64,7 +65,7 @@ class Guard:
             raise
         except RmemError as refusal:
             raise refusal.with_details(where=refusal.details.where or where) from refusal
-        except Exception as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
             self.report(where, error)
             raise PLUGIN_RAISED(f"{where} raised {type(error).__name__}", where=where) from error
         finally:
@@ -93,7 +94,7 @@ class Platform:
         where = f"{self.name}.{op}"
         answer = self._guard.call(vm, where, getattr(self.ops, op), *args)
         check = _PLATFORM_ANSWERS.get(op)
-        if check is not None and not check(answer, args[1:]):
+        if check is not None and not _sound(check, answer, args[1:]):
             raise _nonsense(where, answer)
         return answer
 
@@ -132,7 +133,7 @@ class Consumer:
             raise _injected(where, injected)
         hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
         answer = self._guard.call(self.vm, where, getattr(self.ops, op), hook_tx, *args)
-        if not _ANSWERS[op](answer, args):
+        if not _sound(_ANSWERS[op], answer, args):
             raise _nonsense(where, answer)
         return answer
 
@@ -142,9 +143,10 @@ class Consumer:
             return None
         where = f"{self.name}.page_state"
         answer = self._guard.call(self.vm, where, self.ops.page_state, gfns, pfns)
-        if not isinstance(answer, PageStates) or answer.codes.shape != gfns.shape:
+        if not _sound(_states, answer, (gfns,)):
             raise _nonsense(where, answer)
-        return answer
+        states: PageStates = answer
+        return states
 
 
 def _injected(where: str, error: str) -> RmemError:
@@ -154,6 +156,14 @@ def _injected(where: str, error: str) -> RmemError:
 
 def _nonsense(where: str, answer: Any) -> RmemError:
     return PLUGIN_NONSENSE(f"{where} answered {type(answer).__name__}", where=where)
+
+
+def _sound(check: Callable[[Any, Any], bool], answer: Any, args: Any) -> bool:
+    """Return whether an answer is within the contract; one that cannot even be read is not."""
+    try:
+        return check(answer, args)
+    except Exception:
+        return False
 
 
 def _nothing(answer: Any, _: Any) -> bool:
@@ -178,7 +188,19 @@ def _access(answer: Any, args: Any) -> bool:
 
 
 def _called(answer: Any, args: Any) -> bool:
-    return isinstance(answer, CallAnswer) and 0 <= answer.done <= args[2].size
+    if not isinstance(answer, CallAnswer) or not isinstance(answer.action, CallAction):
+        return False
+    if answer.action is CallAction.EXCEPTION and answer.exception is None:
+        return False
+    # an answer by which the guest gets no further would be asked for for ever
+    stuck = answer.action in (CallAction.DONE, CallAction.CONVERT) and not answer.done
+    return bool(0 <= answer.done <= args[2].size) and not (stuck and not answer.status)
+
+
+def _states(answer: Any, args: Any) -> bool:
+    if not isinstance(answer, PageStates) or answer.codes.shape != args[0].shape:
+        return False
+    return bool(answer.codes.dtype == np.uint8 and answer.codes.max(initial=0) < len(answer.names))
 
 
 def _host_answer(answer: Any, args: Any) -> bool:

@@ -19,7 +19,8 @@ from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import HookServices, HostContext, Tx, VmContext
 from rmemd.hooks.types import Variant
 
-PERSONALITIES = ("attributes", "in-place")
+ERROR_MAX = 500
+PERSONALITIES = frozenset(("attributes", "in-place"))
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Registry:
             name, version = (dist.name, dist.version) if dist else ("", "")
             try:
                 self._add(tx, nframes, point.name, point.load())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 tx.rollback(mark)
                 self._remove(point.name)
-                self.found.append(Found(point.name, name, version, _first_line(error)))
+                self.found.append(Found(point.name, name, version, _one_line(error)))
             else:
                 self.found.append(Found(point.name, name, version))
 
@@ -121,8 +122,8 @@ class Registry:
         ops.start(HostContext(name, nframes, 1, tx))
         self.platforms[name] = platform
         for variant in ops.variants():
-            if variant.personality not in PERSONALITIES:
-                raise ValueError(f"{variant.name}: no personality {variant.personality!r}")
+            if not variant.personalities or not PERSONALITIES.issuperset(variant.personalities):
+                raise ValueError(f"{variant.name}: personalities {variant.personalities!r}")
             if variant.name in self.offers:
                 raise ValueError(f"{variant.name} is offered by another plugin")
             mark = tx.mark()
@@ -135,6 +136,6 @@ class Registry:
         self.offers = {key: offer for key, offer in self.offers.items() if offer.platform != name}
 
 
-def _first_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = error.message if isinstance(error, RmemError) else f"{type(error).__name__}: {error}"
-    return text.splitlines()[0]
+    return " ".join(text.split())[:ERROR_MAX]

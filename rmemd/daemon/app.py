@@ -96,5 +96,5 @@ class Daemon:
         log.info("stopped", revision=self.engine.revision)
 
 
-def _report(where: str, error: Exception) -> None:
+def _report(where: str, error: BaseException) -> None:
     log.error("hook_raised", hook=where, exc_info=error)

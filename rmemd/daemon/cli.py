@@ -1,7 +1,7 @@
 """The command ``rmemd``: options, signals, exit codes.
 
-Owns the command line. Exit codes are those of sysexits: 64 usage, 73 cannot create, 75 another
-daemon serves the directory, 77 unsafe directory.
+Owns the command line. Exit codes: 2 usage, as click's programs have it; then those of sysexits: 73
+cannot create, 75 another daemon serves the directory, 77 unsafe directory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def serve(
         raise click.UsageError("--host-memory is 2M a node at least, and 16T at most")
     if not -(1 << 63) <= seed < 1 << 63:
         raise click.UsageError("--seed is a 64-bit number")
-    os.umask(0o177)
+    # nobody else's: directories that are made first, then the socket and the lock
+    os.umask(0o077)
     logs.configure(log_level, log_json)
     from rmemd.daemon.app import Daemon, Settings
 
@@ -94,6 +95,7 @@ def serve(
     )
     try:
         daemon = Daemon(settings)
+        os.umask(0o177)
         _on_signals(daemon.stop)
         daemon.start(ready_fd)
     except AlreadyServed as error:

@@ -14,10 +14,14 @@ def configure(level: str, as_json: bool | None = None) -> None:
     """Set structlog up; ``as_json`` None means JSON unless stderr is a tty."""
     if as_json is None:
         as_json = not sys.stderr.isatty()
+    # tracebacks without local variables: those of a guest access are its plaintext
+    tracebacks = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
     renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [tracebacks, structlog.processors.JSONRenderer()]
         if as_json
-        else [structlog.dev.ConsoleRenderer()]
+        else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     )
     structlog.configure(
         processors=[

@@ -114,7 +114,7 @@ def _note_unmovable(
 
 def offline(core: Core, start: int, npages: int) -> Steps[Offlined]:
     """Empty a range of frames and take it out of use; what cannot move stays and is named."""
-    pfns = frame_range(core, start, npages)
+    pfns = frame_range(core, start, npages, "pfns")
     report = Report()
     used = pfns[core.host.owner.get(pfns) != 0]
     others = tuple(node.node for node in core.host.nodes)
@@ -136,18 +136,22 @@ def _take_free(core: Core, pfns: I64) -> Steps[int]:
 
 def online(core: Core, start: int, npages: int) -> Steps[int]:
     """Give offlined frames back to the allocator."""
-    yield from ()
-    pfns = frame_range(core, start, npages)
-    back = pfns[core.host.use.get(pfns) == Use.OFFLINE]
-    if back.size:
-        with core.tx("online") as tx:
-            buddy.give(core.host, tx, back)
-            tx.emit("onlined", pfn=int(back[0]), npages=back.size)
-    return int(back.size)
+    pfns = frame_range(core, start, npages, "pfns")
+
+    def one() -> Steps[int]:
+        yield from ()
+        back = pfns[core.host.use.get(pfns) == Use.OFFLINE]
+        if back.size:
+            with core.tx("online") as tx:
+                buddy.give(core.host, tx, back)
+                tx.emit("onlined", pfn=int(back[0]), npages=back.size)
+        return int(back.size)
+
+    return (yield from core.unit(one))
 
 
-def frame_range(core: Core, start: int, npages: int) -> I64:
-    """Return a range of frames.
+def frame_range(core: Core, start: int, npages: int, field: str = "pfn") -> I64:
+    """Return a range of frames; ``field`` is the request's field that names it.
 
     Raises:
         InvalidArgument: BAD_RANGE.
@@ -155,6 +159,6 @@ def frame_range(core: Core, start: int, npages: int) -> I64:
     if start < 0 or npages <= 0 or start + npages > core.host.nframes:
         raise BAD_RANGE(
             f"pfn {start:#x}+{npages:#x} is not inside the host's {core.host.nframes} frames",
-            field="pfn",
+            field=field,
         )
     return pages(start, npages)

@@ -22,6 +22,7 @@ from rmemd.errors import (
     FOLIO_BUSY,
     NOT_PAGE_ALIGNED,
     OP_NOT_IMPLEMENTED_BY_CONSUMER,
+    PLUGIN_NONSENSE,
     UNKNOWN_FLAG,
     WRONG_PERSONALITY,
 )
@@ -61,8 +62,8 @@ def set_attributes(
         raise WRONG_PERSONALITY(
             f"{vm.info.label} converts in place: use the file's attributes", rule=RULE_IN_PLACE
         )
-    for gpa, size, attributes in ranges:
-        _check(vm, flags, attributes, gpa, size)
+    for index, (gpa, size, attributes) in enumerate(ranges):
+        _check(vm, flags, attributes, gpa, size, f"ranges[{index}].", "gpa")
     unchanged = 0
     for gpa, size, attributes in ranges:
         private = attributes == ATTRIBUTE_PRIVATE
@@ -71,19 +72,24 @@ def set_attributes(
     return unchanged
 
 
-def _check(vm: Vm, flags: int, attributes: int, start: int, size: int) -> None:
+def _check(
+    vm: Vm, flags: int, attributes: int, start: int, size: int, path: str, start_field: str
+) -> None:
     if flags:
         raise UNKNOWN_FLAG(f"flags {flags:#x}", field="flags", rule=RULE)
     supported = ATTRIBUTE_PRIVATE if vm.info.private_memory else 0
     if attributes & ~supported:
         raise ATTRIBUTES_UNSUPPORTED(
             f"attributes {attributes:#x}; {vm.info.label} supports {supported:#x}",
-            field="attributes", rule=RULE,
+            field=path + "attributes", rule=RULE,
         )  # fmt: skip
     if size <= 0 or start < 0 or start + size > MAX_GFN * PAGE_SIZE:
-        raise BAD_RANGE(f"{start:#x}+{size:#x} is empty or wraps", field="size_bytes", rule=RULE)
-    if not is_page_aligned(start) or not is_page_aligned(size):
-        raise NOT_PAGE_ALIGNED(f"{start:#x}+{size:#x}", field="gpa", rule=RULE)
+        raise BAD_RANGE(
+            f"{start:#x}+{size:#x} is empty or wraps", field=path + "size_bytes", rule=RULE
+        )
+    for field, value in ((start_field, start), ("size_bytes", size)):
+        if not is_page_aligned(value):
+            raise NOT_PAGE_ALIGNED(f"{start:#x}+{size:#x}", field=path + field, rule=RULE)
 
 
 def _set_range(core: Core, number: int, start: int, npages: int, private: bool) -> Steps[int]:
@@ -122,7 +128,7 @@ def convert_file(
         raise WRONG_PERSONALITY(
             f"{vm.info.label} converts by VM attributes", field="file", rule=RULE_IN_PLACE
         )
-    _check(vm, flags, attributes, offset, size)
+    _check(vm, flags, attributes, offset, size, "", "offset_bytes")
     if not vm.info.private_memory:
         raise ATTRIBUTES_UNSUPPORTED(
             f"{vm.info.label} has no private memory", field="file", rule=RULE_IN_PLACE
@@ -136,65 +142,83 @@ def convert_file(
             f"{vm.info.consumer} has no convert: {vm.info.label} cannot convert in place",
             errno=ENOTTY, rule=RULE_IN_PLACE,
         )  # fmt: skip
-    done = yield from core.unit(
-        lambda: _convert(core, number, start, npages, private, by_guest=False)
-    )
-    yield from _discard(core, number, start, npages, private, done)
+    done = yield from core.unit(lambda: _convert_by_host(core, number, start, npages, private))
+    yield from discard(core, number, start, npages, private, done)
     yield from core.scrub()
     return done
 
 
-def convert_by_guest(core: Core, number: int, gfn: int, npages: int, private: bool) -> Steps[None]:
-    """Carry out what a guest call asked for (CallAction.CONVERT), without the invalidate pair."""
-    vm = core.vms.alive(number)
-    slot = vm.slot_at(gfn)
-    assert slot is not None, "guest calls are made on mapped pages"
-    start = gfn - slot.gfn + slot.pgoff
-    done = yield from core.unit(
-        lambda: _convert(core, slot.file, start, npages, private, by_guest=True)
-    )
-    yield from _discard(core, slot.file, start, npages, private, done)
+def convert_by_guest(
+    core: Core, tx: Tx, slot: Slot, gfn: int, npages: int, private: bool
+) -> Steps[Converted]:
+    """Carry out what a guest call asked for (CallAction.CONVERT), in the call's transaction.
+
+    There is no invalidate pair: the vendor has changed the owner in place. ``discard`` comes after
+    the commit.
+
+    Raises:
+        RmemError: declined; the caller undoes the call.
+    """
+    file = core.files.get(slot.file)
+    vm = core.vms.alive(file.info.vm)
+    if core.consumer(vm).ops.convert is None:
+        raise PLUGIN_NONSENSE(f"{vm.info.consumer} answered CONVERT and has no convert")
+    return (yield from _convert(core, tx, file, gfn - slot.gfn + slot.pgoff, npages, private, []))
 
 
-def _convert(
-    core: Core, number: int, start: int, npages: int, private: bool, by_guest: bool
+def _convert_by_host(
+    core: Core, number: int, start: int, npages: int, private: bool
 ) -> Steps[Converted]:
     file = core.files.get(number)
-    vm = core.vms.alive(file.info.vm)
     if file.attributes.equals(start, npages, int(private)):
         return Converted(0, "")
-    core.require_idle("file", number, start, npages)
-    views = [] if by_guest else views_of(core, file, start, npages)
+    views = views_of(core, file, start, npages)
     for view in views:
         core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     with core.tx("convert in place") as tx:
+        return (yield from _convert(core, tx, file, start, npages, private, views))
+
+
+def _convert(
+    core: Core,
+    tx: Tx,
+    file: RestrictedFile,
+    start: int,
+    npages: int,
+    private: bool,
+    views: list[View],
+) -> Steps[Converted]:
+    """Convert in an open transaction; without ``views`` the guest's mapping stays in place."""
+    vm = core.vms.alive(file.info.vm)
+    core.require_idle("file", file.info.file, start, npages)
+    if private:
+        frames.charge_found(core, tx, file, start, npages)
+    present = file.frames.touched(start, npages)
+    changing = present[file.attributes.get(present) != int(private)]
+    pfns = np.asarray(file.frames.get(changing), dtype=np.int64) - 1
+    if private:
+        _require_unreferenced(core, vm, changing, pfns)
+    changed = npages - int(_count(file, start, npages, private))
+    with invalidating(core, tx, views, Why.CONVERT):
+        content = _ask(core, tx, vm, file, changing, pfns, private)
+        tx.fill(file.attributes, start, npages, int(private))
+    if not views:
+        _remap(core, tx, vm, file, changing, pfns, private)
+    if changing.size:
+        key = private_key(core, vm)
+        carry = partial(_carry, core, file, changing, pfns, private, content, key)
+        with in_progress(core, file, start, npages):
+            yield Step("convert", tx=tx, work=carry)
         if private:
-            frames.charge_found(core, tx, file, start, npages)
-        present = file.frames.touched(start, npages)
-        changing = present[file.attributes.get(present) != int(private)]
-        pfns = np.asarray(file.frames.get(changing), dtype=np.int64) - 1
-        if private:
-            _require_unreferenced(core, vm, changing, pfns)
-        changed = npages - int(_count(file, start, npages, private))
-        with invalidating(core, tx, views, Why.CONVERT):
-            content = _ask(core, tx, vm, file, changing, pfns, private)
-            tx.fill(file.attributes, start, npages, int(private))
-        if by_guest:
-            _remap(core, tx, vm, file, changing, pfns, private)
-        if changing.size:
-            key = private_key(core, vm)
-            carry = partial(_carry, core, file, changing, pfns, private, content, key)
-            with in_progress(core, file, start, npages):
-                yield Step("convert", tx=tx, work=carry)
-            if private:
-                tx.put(core.host.use, pfns, int(Use.PRIVATE))
-            else:
-                mark_shared(core, tx, pfns)
-        tx.emit(
-            "range_converted", vm=vm.info.vm, file=number, pgoff=start, npages=npages,
-            private=private, content=content.value if changing.size else "",
-        )  # fmt: skip
-    return Converted(changed, content.value if changing.size else "")
+            tx.put(core.host.use, pfns, int(Use.PRIVATE))
+        else:
+            mark_shared(core, tx, pfns)
+    held = content.value if changing.size else ""
+    tx.emit(
+        "range_converted", vm=vm.info.vm, file=file.info.file, pgoff=start, npages=npages,
+        private=private, content=held,
+    )  # fmt: skip
+    return Converted(changed, held)
 
 
 def _count(file: RestrictedFile, start: int, npages: int, private: bool) -> int:
@@ -239,6 +263,8 @@ def _remap(
     core: Core, tx: Tx, vm: Vm, file: RestrictedFile, pgoffs: I64, pfns: I64, private: bool
 ) -> None:
     """A guest's own conversion leaves its mapping in place, in the other state."""
+    if not pgoffs.size:
+        return
     for binding, lo, n in file.bound(int(pgoffs[0]), int(pgoffs[-1] - pgoffs[0]) + 1):
         mask = (pgoffs >= lo) & (pgoffs < lo + n)
         gfns = pgoffs[mask] - binding.pgoff + binding.gfn
@@ -304,7 +330,7 @@ def scramble(core: Core, pfns: I64) -> U8:
     return core.controller.scrambler.encrypt(pfns + (core.journal.revision << 32), zeros)
 
 
-def _discard(
+def discard(
     core: Core, number: int, start: int, npages: int, private: bool, done: Converted
 ) -> Steps[None]:
     """Destroy, after the record, the copy of the bytes in the half that no longer counts."""

@@ -24,7 +24,7 @@ from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Held, Tx
 from rmemd.model.buddy import give
 from rmemd.model.files import Files, RestrictedFile
-from rmemd.model.host import ARENA, Host
+from rmemd.model.host import ARENA, Host, Use
 from rmemd.model.ledger import Ledger
 from rmemd.model.vms import Vcpu, Vm, Vms
 from rmemd.store.controller import Contents, MemoryController
@@ -161,21 +161,27 @@ class Core:
         return steps.send(None)
 
     def _move_bytes(self, step: Step) -> None:
-        tx, ops = step.tx, step.tx.byte_ops if step.tx is not None else []
+        tx = step.tx
         assert tx is not None
-        pages = sum(op.pfns.size for op in ops)
+        pages = sum(op.pfns.size for op in tx.byte_ops)
         if step.work is None and pages <= self.options.inline_pages and self.hold is None:
-            self.controller.apply(tx, self.controller.perform(ops))
+            self.controller.apply(tx, self._perform(tx))
             return
         tx.suspend()
         with self._unlocked():
             if self.hold is not None:
                 self.hold(step.name)
-            contents = self.controller.perform(ops)
+            contents = self._perform(tx)
             if step.work is not None:
                 contents += step.work() or []
         tx.resume()
         self.controller.apply(tx, contents)
+
+    def _perform(self, tx: Tx) -> list[Contents]:
+        """Do the byte work that a transaction has named and that is not done yet."""
+        contents = self.controller.perform(tx.byte_ops)
+        tx.byte_ops.clear()
+        return contents
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
@@ -189,10 +195,15 @@ class Core:
     # --- transactions ------------------------------------------------------------------------
     @contextmanager
     def tx(self, label: str) -> Iterator[Tx]:
-        """Open a transaction; commit it at the end of the block, undo it on any exception."""
+        """Open a transaction; commit it at the end of the block, undo it on any exception.
+
+        Bytes that were named and not moved in a step are moved here, under the lock.
+        """
         tx = Tx(self.space, label)
         try:
             yield tx
+            # what was named after the last step, or by an operation that has none
+            self.controller.apply(tx, self._perform(tx))
             self._freeze_overdue(tx)
         except BaseException:
             if tx in self.space.holders:
@@ -217,9 +228,15 @@ class Core:
         while self._scrub:
             pfns = self._scrub.pop()
             yield Step("scrub", work=partial(self.controller.punch, pfns))
-            with self.tx("scrub") as tx:
-                tx.put(self.host.flags, pfns, self.host.flags.get(pfns) & ~ARENA)
-                give(self.host, tx, pfns)
+            yield from self.unit(partial(self._give_back, pfns))
+
+    def _give_back(self, pfns: I64) -> Steps[None]:
+        yield from ()
+        with self.tx("scrub") as tx:
+            tx.put(self.host.flags, pfns, self.host.flags.get(pfns) & ~ARENA)
+            bad = self.host.poisoned(pfns)
+            tx.put(self.host.use, pfns[bad], int(Use.POISONED))
+            give(self.host, tx, pfns[~bad])
 
     def _freeze_overdue(self, tx: Tx) -> None:
         while self.guard.overdue:

@@ -229,7 +229,13 @@ class Engine:
 
     def add_fault_rule(self, vm: int, point: str, error: str, nth: int, times: int) -> Rule:
         """Make a point go wrong. ALL."""
-        return self.read(lambda core: core.rules.add(vm, point, error, nth, times))[1]
+
+        def add(core: Core) -> Rule:
+            if vm:
+                core.vms.get(vm)
+            return core.rules.add(vm, point, error, nth, times)
+
+        return self.read(add)[1]
 
     def remove_fault_rule(self, rule: int) -> None:
         """Remove a fault rule. ALL."""

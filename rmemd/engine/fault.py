@@ -46,13 +46,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Lookup:
-    """Pages looked up, and what is held until they are mapped."""
+    """Pages looked up, and what is held until they are mapped: ``taken`` frames, as ``held``."""
 
     runs: Runs
     private: bool
     sequence: int
     pin: Pin | None
     held: Entry
+    taken: I64
 
 
 def file_of(core: Core, vm: Vm, slot: Slot, gfn: int, private: bool) -> RestrictedFile:
@@ -183,17 +184,18 @@ def _look_up(
         pin = consumer.call(tx, "pin", runs)
     if pin is not None and pin.longterm:
         # the long-term pin is itself the look-up's reference (pin_user_pages)
-        _charge(core, vm, pin, pfns.size)
         held = pin_entry(vm, pin.purpose, True)
+        # a pin that an earlier unpin could not drop counts once
+        taken = pfns[~core.ledger.held(held, pfns)]
+        _charge(core, vm, pin, taken.size)
     else:
-        held = Entry(vm.info.label, FAULT, False)
-    # a hold that an earlier unpin could not drop counts once
-    core.ledger.hold(tx, held, pfns[~core.ledger.held(held, pfns)] if held.longterm else pfns)
+        held, taken = Entry(vm.info.label, FAULT, False), pfns
+    core.ledger.hold(tx, held, taken)
     if private and consumer.ops.prepare is not None:
         consumer.call(tx, "prepare", runs)
     if trace is not None:
         trace.note(core, "lookup", int(pfns[0]))
-    return Lookup(runs, private, core.sequence(vm_id), pin, held)
+    return Lookup(runs, private, core.sequence(vm_id), pin, held, taken)
 
 
 def _lost_race(core: Core, vm_id: int, found: Lookup) -> bool:
@@ -228,7 +230,7 @@ def _install(core: Core, tx: Tx, vm_id: int, found: Lookup, trace: Trace | None)
 def _let_go(core: Core, found: Lookup, trace: Trace | None) -> Steps[None]:
     yield from ()
     with core.tx("fault: lost race") as tx:
-        frames.drop(core, tx, found.held, found.runs.pfns())
+        frames.drop(core, tx, found.held, found.taken)
         if trace is not None:
             trace.note(core, "lost race", int(found.runs.pfn[0]))
 
@@ -262,5 +264,7 @@ def map_now(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:
     consumer = core.consumer(vm)
     if consumer.ops.pin is not None:
         pin = consumer.call(tx, "pin", runs)
+        if pin.longterm:
+            _charge(core, vm, pin, runs.total)
         core.ledger.hold(tx, pin_entry(vm, pin.purpose, pin.longterm), runs.pfns())
     vm.install(tx, runs, shared=False)

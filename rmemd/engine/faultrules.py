@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 from rmemd.errors import BAD_REQUEST, NO_SUCH_RULE
 
+TEXT_MAX = 256
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -36,14 +38,15 @@ class FaultRules:
         Raises:
             InvalidArgument: BAD_REQUEST.
         """
+        must = f"a number positive, a text at most {TEXT_MAX} characters"
         for field, bad in (
-            ("point", not point),
-            ("error", not error),
+            ("point", not 0 < len(point) <= TEXT_MAX),
+            ("error", not 0 < len(error) <= TEXT_MAX),
             ("nth", nth < 1),
             ("times", times < 1),
         ):
             if bad:
-                raise BAD_REQUEST(f"{field} must be given and positive", field=f"rule.{field}")
+                raise BAD_REQUEST(f"{field} must be given, {must}", field=f"rule.{field}")
         self._last += 1
         rule = Rule(self._last, vm, point, error, nth, times)
         self._rules[rule.rule] = rule

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rmemd.engine.convert import convert_by_guest
+from rmemd.engine.convert import convert_by_guest, discard
 from rmemd.engine.core import Core, Steps
 from rmemd.engine.fault import Stale
 from rmemd.engine.guestmemory import (
@@ -22,9 +22,8 @@ from rmemd.engine.guestmemory import (
 )
 from rmemd.engine.populate import fault_in
 from rmemd.engine.programme import CALLS, Instruction
-from rmemd.errors import RmemError
+from rmemd.errors import Busy, RmemError
 from rmemd.hooks.types import CallAction, CallAnswer, GuestCall
-from rmemd.model.vms import ATTRIBUTE_PRIVATE
 from rmemd.units import PAGE_SHIFT, PMD_PAGES, bytes_to_pages, pages
 
 # calls about memory that is private when they are made; UNSHARE is about shared memory
@@ -55,7 +54,13 @@ def make_call(
     stretch = PMD_PAGES if instruction.level else CHUNK_PAGES
     span = Span(gfn << PAGE_SHIFT, min(left, stretch) << PAGE_SHIFT)
     for _ in range(FAULTS_MAX):
-        answer = yield from core.unit(lambda: _ask(core, number, index, call, span, instruction))
+        try:
+            answer = yield from core.unit(
+                lambda: _ask(core, number, index, call, span, instruction)
+            )
+        except _Declined as declined:
+            refused = declined.answer
+            return Called(0, True, refused.refused, refused.refused_name)
         if not isinstance(answer, CallAnswer):
             return answer
         if answer.action is CallAction.FAULT:
@@ -65,8 +70,10 @@ def make_call(
             if answer.done:
                 return _called(answer)
             continue
-        if answer.action is CallAction.CONVERT:
-            return (yield from _convert(core, number, span, answer))
+        if answer.action is CallAction.EXCEPTION and answer.exception is not None:
+            taken = answer.exception
+            text = f"{taken.vector} {taken.code:#x}: {taken.text} ({call.value}), unhandled"
+            return Stop("SHUTDOWN", gpa=span.start, text=text)
         return _called(answer)
     return Stop("INTERNAL_ERROR", text=f"{call.value} of gfn {gfn:#x} faults again and again")
 
@@ -80,6 +87,8 @@ def _ask(
     slot = vm.slot_at(span.gfn)
     if slot is None:
         return no_slot_stop(vm, span, call in ABOUT_PRIVATE)
+    if not instruction.level:
+        span = span.cut(slot.gfn + slot.npages - span.gfn)
     if call in ABOUT_PRIVATE:
         stop = attribute_stop(core, vm, slot, span, private=True)
         if isinstance(stop, Stop):
@@ -92,7 +101,26 @@ def _ask(
         answer: CallAnswer = consumer.call(
             tx, "guest_call", index, call, pages(span.gfn, span.npages), instruction.level
         )
+        converted = None
+        if answer.action is CallAction.CONVERT:
+            try:
+                converted = yield from convert_by_guest(
+                    core, tx, slot, span.gfn, answer.done, answer.to_private
+                )
+            except Busy as busy:
+                raise _Declined(answer) from busy
+    if converted is not None:
+        start = span.gfn - slot.gfn + slot.pgoff
+        yield from discard(core, slot.file, start, answer.done, answer.to_private, converted)
     return answer
+
+
+class _Declined(Exception):
+    """The conversion that a call asked for was declined, and the call is undone."""
+
+    def __init__(self, answer: CallAnswer) -> None:
+        super().__init__(answer)
+        self.answer = answer
 
 
 def _fault(core: Core, number: int, span: Span, done: int, call: GuestCall) -> Steps[Stop | None]:
@@ -109,16 +137,6 @@ def _fault(core: Core, number: int, span: Span, done: int, call: GuestCall) -> S
     except RmemError as refusal:
         return fault_stop(span, call in ABOUT_PRIVATE, refusal)
     return None
-
-
-def _convert(core: Core, number: int, span: Span, answer: CallAnswer) -> Steps[Called | Stop]:
-    try:
-        yield from convert_by_guest(core, number, span.gfn, answer.done, answer.to_private)
-    except RmemError as refusal:
-        flags = 0 if answer.to_private else ATTRIBUTE_PRIVATE
-        gpa, text = span.gfn << PAGE_SHIFT, str(refusal)
-        return Stop("INTERNAL_ERROR", refusal.errno, flags, gpa, text=text, refusal=refusal)
-    return _called(answer)
 
 
 def _called(answer: CallAnswer) -> Called:

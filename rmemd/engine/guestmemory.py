@@ -27,7 +27,7 @@ from rmemd.errors import (
 )
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import AccessAnswer, AccessCode, GuestException, Runs
-from rmemd.model.vms import ATTRIBUTE_PRIVATE, Slot, Vm, unpack
+from rmemd.model.vms import ATTRIBUTE_PRIVATE, READONLY, Slot, Vm, unpack
 from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, U8, pages
 
 # pages that one stretch of guest execution touches at most
@@ -102,8 +102,16 @@ def access(
     there = yield from reach(core, number, index, target, not private, True)
     if not isinstance(there, Span):
         return there
+    if not _is_mapped(core.vms.alive(number), found, private):
+        # the source went while the target was fetched: the instruction goes on from there
+        return Done()
     size = min(found.size, there.size)
     return _copy(core, number, index, Span(found.start, size), Span(there.start, size), private)
+
+
+def _is_mapped(vm: Vm, span: Span, private: bool) -> bool:
+    pfns, shared = unpack(vm.mirror.get(pages(span.gfn, span.npages)))
+    return bool((pfns >= 0).all() and (shared != private).all())
 
 
 def _stretch(start: int, left: int) -> Span:
@@ -126,6 +134,8 @@ def reach(
         if slot is None:
             return no_slot_stop(vm, span, private)
         span = span.cut(slot.gfn + slot.npages - span.gfn)
+        if write and slot.flags & READONLY:
+            return Stop("MMIO", gpa=span.start, size=min(span.size, 8))
         stop = attribute_stop(core, vm, slot, span, private)
         if isinstance(stop, Stop):
             return stop
@@ -226,6 +236,8 @@ def _verdict(
     if code is AccessCode.STOP:
         kill(core, tx, vm, answer.stop)
         return Stop("SHUTDOWN", EIO, gpa=gfn << PAGE_SHIFT, text=answer.stop, status=answer.status)
+    if code is AccessCode.EFAULT:
+        return Stop("NONE", EFAULT, gpa=gfn << PAGE_SHIFT, text=answer.stop, status=answer.status)
     # the vendor has no such entry: the mirror's is stale, and the page is faulted in again
     stale = gfns[: int(np.argmax(np.append(answer.codes != AccessCode.FAULT, True)))]
     vm.clear(tx, Runs.of_pages(stale, pfns[: stale.size]))

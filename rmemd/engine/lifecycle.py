@@ -64,7 +64,10 @@ def create_vm(
     with core.tx("create VM") as tx:
         number = tx.next_id("vm")
         if in_place is None:
-            in_place = variant.personality == "in-place"
+            in_place = variant.personalities[0] == "in-place"
+        wanted = "in-place" if in_place else "attributes"
+        if wanted not in variant.personalities:
+            raise BAD_REQUEST(f"{consumer} cannot convert by {wanted}", field="personality")
         if starts_private is None:
             starts_private = variant.private_memory
         if starts_private and not variant.private_memory:

@@ -49,6 +49,8 @@ VFS_MODES = {
 MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
 # pages allocated, or punched of a shared half, in one transaction
 BATCH_PAGES = 1 << 16
+# length of the names that a pin carries, which refusals quote
+HOLDER_MAX = 64
 
 
 def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[RestrictedFile]:
@@ -299,31 +301,42 @@ def get_policy(core: Core, number: int, offset: int) -> Policy:
 
 def pin(core: Core, number: int, offset: int, length: int, purpose: str, holder: str) -> Steps[int]:
     """Hold present pages (shared if they are shared) as DMA does; return the pin's handle."""
-    yield from ()
-    file = core.files.get(number)
-    start, npages = byte_range(file, offset, length)
+    start, npages = byte_range(core.files.get(number), offset, length)
     for field, value in (("purpose", purpose), ("holder", holder)):
-        if not value or not value.isprintable() or ("/" in value and field == "purpose"):
-            raise BAD_REQUEST(f"{field} must be printable text", field=field)
-    file = _touch(core, number, offset, length)
-    with core.tx("pin") as tx:
-        pfns = np.asarray(file.half(private=False).get(pages(start, npages)), dtype=np.int64) - 1
-        handle = tx.next_id("pin")
-        entry = Entry(f"{holder} pin {handle}", purpose, longterm=True)
-        core.ledger.hold(tx, entry, pfns)
-        tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
-        return handle
+        fits = 0 < len(value) <= HOLDER_MAX and value.isprintable()
+        if not fits or ("/" in value and field == "purpose"):
+            raise BAD_REQUEST(
+                f"{field} must be printable text of at most {HOLDER_MAX} characters", field=field
+            )
+
+    def one() -> Steps[int]:
+        yield from ()
+        file = _touch(core, number, offset, length)
+        with core.tx("pin") as tx:
+            found = file.half(private=False).get(pages(start, npages))
+            handle = tx.next_id("pin")
+            entry = Entry(f"{holder} pin {handle}", purpose, longterm=True)
+            core.ledger.hold(tx, entry, np.asarray(found, dtype=np.int64) - 1)
+            tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
+            return handle
+
+    return (yield from core.unit(one))
 
 
 def unpin(core: Core, handle: int) -> Steps[None]:
     """Let a pin go."""
-    holders = {e.holder for e in core.ledger.entries() if e.holder.endswith(f" pin {handle}")}
-    if not holders:
-        raise NO_SUCH_PIN(f"no pin {handle}", field="pin")
-    with core.tx("unpin") as tx:
-        for holder in holders:
-            frames.free_orphans(core, tx, core.ledger.forget(tx, holder))
-        tx.emit("unpinned", pin=handle)
+
+    def one() -> Steps[None]:
+        yield from ()
+        holders = {e.holder for e in core.ledger.entries() if e.holder.endswith(f" pin {handle}")}
+        if not holders:
+            raise NO_SUCH_PIN(f"no pin {handle}", field="pin")
+        with core.tx("unpin") as tx:
+            for holder in holders:
+                frames.free_orphans(core, tx, core.ledger.forget(tx, holder))
+            tx.emit("unpinned", pin=handle)
+
+    yield from core.unit(one)
     yield from core.scrub()
 
 

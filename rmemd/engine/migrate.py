@@ -83,6 +83,7 @@ def migrate_to(
     files = core.host.owner.get(src)
     for number in np.unique(files).tolist():
         of_file = np.flatnonzero(files == number)
+        of_file = of_file[_may_move(core, number, src[of_file], report)]
         for at in range(0, of_file.size, BATCH_PAGES):
             part = of_file[at : at + BATCH_PAGES]
             target = None if dst is None else dst[part]
@@ -106,10 +107,29 @@ def _move_batch(
                 target = None if dst is None else dst[part]
                 yield from _move_batch(core, number, src[part], target, nodes, report)
             return
-        file = core.files.get(number)
-        outcome = Outcome.UNMOVABLE if refusal.reason is FOLIO_UNMOVABLE else Outcome.FAILED
-        gfns = _gfns(file, core.host.pgoff.get(src))[1]
-        report.failed(src, outcome, file.info.vm, gfns, refusal)
+        _note(core, core.files.get(number), src, refusal, report)
+
+
+def _may_move(core: Core, number: int, src: I64, report: Report) -> Bools:
+    """Sort out what can never move, so that it does not keep the rest of its batch."""
+    may: Bools = core.host.owner.get(src) == number
+    if not may.any():
+        return may
+    file = core.files.get(number)
+    private, poisoned = governed(core, file, src), core.host.poisoned(src)
+    for group in (may & poisoned, may & private & ~poisoned):
+        try:
+            _require_movable(core, file, src[group], private[group])
+        except RmemError as refusal:
+            _note(core, file, src[group], refusal, report)
+            may &= ~group
+    return may
+
+
+def _note(core: Core, file: RestrictedFile, src: I64, why: RmemError, report: Report) -> None:
+    outcome = Outcome.UNMOVABLE if why.reason is FOLIO_UNMOVABLE else Outcome.FAILED
+    gfns = _gfns(file, core.host.pgoff.get(src))[1]
+    report.failed(src, outcome, file.info.vm, gfns, why)
 
 
 def _move(

@@ -37,12 +37,14 @@ class Poisoned:
     text: str
 
 
-def read(core: Core, start: int, npages: int, agent: Agent, bus: bool) -> Steps[bytes]:
-    """Read frames as the host would."""
+def read(
+    core: Core, start: int, npages: int, agent: Agent, bus: bool, field: str = "pfn"
+) -> Steps[bytes]:
+    """Read frames as the host would; ``field`` is the request's field that names them."""
 
     def one() -> Steps[bytes]:
         yield from ()
-        pfns = _few(core, start, npages)
+        pfns = _few(core, start, npages, field)
         with core.tx("physical read") as tx:
             views = _checked(core, tx, pfns, HostAccess(agent, write=False), bus)
             return _seen(core, pfns, views).tobytes()
@@ -50,15 +52,17 @@ def read(core: Core, start: int, npages: int, agent: Agent, bus: bool) -> Steps[
     return (yield from core.unit(one))
 
 
-def write(core: Core, start: int, data: bytes, agent: Agent, bus: bool) -> Steps[None]:
-    """Write whole frames as the host would."""
+def write(
+    core: Core, start: int, data: bytes, agent: Agent, bus: bool, field: str = "pfn"
+) -> Steps[None]:
+    """Write whole frames as the host would; ``field`` is the request's field that names them."""
     if not data or len(data) % PAGE_SIZE:
         raise BAD_REQUEST("data is not whole pages", field="data")
     rows = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE_SIZE)
 
     def one() -> Steps[None]:
         yield from ()
-        pfns = _few(core, start, rows.shape[0])
+        pfns = _few(core, start, rows.shape[0], field)
         with core.tx("physical write") as tx:
             _checked(core, tx, pfns, HostAccess(agent, write=True), bus)
             shared, rest = _split(core, pfns)
@@ -72,14 +76,16 @@ def write(core: Core, start: int, data: bytes, agent: Agent, bus: bool) -> Steps
 
 def copy(core: Core, src: int, dst: int, npages: int, agent: Agent, bus: bool) -> Steps[None]:
     """Copy what the host sees of frames onto other frames: raw bytes, nothing else travels."""
-    data = yield from read(core, src, npages, agent, bus)
-    yield from write(core, dst, data, agent, bus)
+    for start, field in ((src, "src_pfn"), (dst, "dst_pfn")):
+        _few(core, start, npages, field)
+    data = yield from read(core, src, npages, agent, bus, "src_pfn")
+    yield from write(core, dst, data, agent, bus, "dst_pfn")
 
 
-def _few(core: Core, start: int, npages: int) -> I64:
+def _few(core: Core, start: int, npages: int, field: str) -> I64:
     if npages > ACCESS_PAGES_MAX:
         raise BAD_RANGE(f"{npages} frames; one call takes {ACCESS_PAGES_MAX}", field="npages")
-    return frame_range(core, start, npages)
+    return frame_range(core, start, npages, field)
 
 
 def _checked(core: Core, tx: Tx, pfns: I64, access: HostAccess, bus: bool) -> U8:
@@ -158,6 +164,9 @@ def poison(core: Core, pfn: int) -> Steps[Poisoned]:
             tx.emit("poisoned", pfn=pfn)
             if use is Use.FREE:
                 take_exactly(core.host, tx, pfns, Use.POISONED)
+            elif use is Use.OFFLINE:
+                # going online must not give it back to the allocator
+                tx.put(host.use, pfns, int(Use.POISONED))
             if not owner:
                 return Poisoned(pfn, 0, False, "")
             return _tell_owner(core, tx, core.files.get(owner), pfns, use)
@@ -202,7 +211,7 @@ def resolve(
         RmemError: BAD_REQUEST, or FRAME_NOT_OWNED where the page has no frame.
     """
     if pfn is not None:
-        return int(frame_range(core, pfn, 1)[0])
+        return int(frame_range(core, pfn, 1, "page.pfn")[0])
     if guest is not None:
         vm = core.vms.get(guest[0])
         entry = vm.mirror.at(guest[1]) if guest[1] >= 0 else 0

@@ -26,7 +26,7 @@ from rmemd.errors import (
 )
 from rmemd.hooks.types import PageKind, Populated, Runs
 from rmemd.model.vms import Slot, Vm
-from rmemd.units import MAX_GFN, PAGE_SIZE, bytes_to_pages, is_page_aligned, pages
+from rmemd.units import MAX_GFN, PAGE_SIZE, Bools, bytes_to_pages, is_page_aligned, pages
 
 BATCH_PAGES = 512
 
@@ -83,6 +83,11 @@ def _populate_batch(
     vm = core.vms.alive(number)
     if vm.info.state != "building":
         raise NOT_PAUSED(f"{vm.info.label} is finalized", state=vm.info.state)
+    if vm.slot_at(gfn) is None:
+        raise NOT_PRIVATE(
+            f"no slot of {vm.info.label} covers gfn {gfn:#x}", field="gpa",
+            page=f"gfn {gfn:#x}", state="no slot", rule="restrictedmem.md §2: populate",
+        )  # fmt: skip
     slot, n = slot_range(vm, gfn, rows.shape[0])
     gfns = pages(gfn, n)
     private = is_private(core, vm, gfns, slot)
@@ -161,10 +166,14 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
         )
     result = PreFaulted(0, size, 0, Trace())
     first, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
+    batch = BATCH_PAGES
     while result.done_pages < npages:
         at = first + result.done_pages
+        n = min(batch, npages - result.done_pages)
         try:
-            slot, n = slot_range(vm, at, min(BATCH_PAGES, npages - result.done_pages))
+            slot, n = slot_range(vm, at, n)
+            # pages of one state at a time, so that what is done is a prefix
+            n = _alike(is_private(core, vm, pages(at, n), slot))
             result.retries += yield from fault_in(
                 core, vm, slot, at, n, result.trace if traced else None
             )
@@ -172,6 +181,10 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
             result.retries += 1
             continue
         except RmemError:
+            if n > 1:
+                # one page of them is refused: those before it are done all the same
+                batch = 1
+                continue
             if not result.done_pages:
                 raise
             return result
@@ -179,6 +192,11 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
         result.left_bytes = size - result.done_pages * PAGE_SIZE
         vm = core.vms.alive(number)
     return result
+
+
+def _alike(states: Bools) -> int:
+    """Count the entries at the front that are equal."""
+    return int(np.argmax(np.append(states != states[0], True)))
 
 
 def fault_in(

@@ -24,8 +24,9 @@ EINTR = 4
 
 
 class Exit(IntEnum):
-    """Why a vCPU came back; numbered as in vcpu.proto."""
+    """Why a vCPU came back; numbered as in vcpu.proto. NONE: only the errno counts."""
 
+    NONE = 0
     HYPERCALL = 1
     MEMORY_FAULT = 2
     HLT = 3
@@ -101,6 +102,8 @@ def _run(
     vcpu = core.vms.get(number).vcpu(index)
     if vcpu.waiting:
         yield from core.unit(lambda: _answer_hypercall(core, number, index, answer))
+    # the vendor may refuse the entry, before anything is faulted in
+    yield from core.unit(lambda: _enter(core, number, index))
     begun = vcpu.instructions
     while True:
         exited = yield from core.unit(lambda: _instruction(core, number, index))
@@ -112,6 +115,12 @@ def _run(
             yield from core.unit(lambda: _leave(core, number, index))
             return replace(exited, vcpu=core.vms.get(number).vcpu(index))
         yield Step("guest")
+
+
+def _enter(core: Core, number: int, index: int) -> Steps[None]:
+    yield from ()
+    with core.tx("enter") as tx:
+        core.enter(tx, core.vms.alive(number), index)
 
 
 def _leave(core: Core, number: int, index: int) -> Steps[None]:

@@ -326,7 +326,9 @@ class VmContext:
 
 def _overlap(one: Write, other: Write) -> bool:
     if one.table != other.table:
-        return False
+        # a table must not go while something else is written in it
+        whole, part = (other, one) if one.table else (one, other)
+        return not whole.table and whole.op == "destroy" and bool(_key(whole) == part.table)
     if not one.table or one.op in ("set", "drop"):
         return bool(_key(one) == _key(other))
     a, b = _extent(one), _extent(other)

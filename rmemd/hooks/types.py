@@ -58,12 +58,17 @@ class PageKind(IntEnum):
 
 
 class AccessCode(IntEnum):
-    """Verdict on one page of a guest access."""
+    """Verdict on one page of a guest access.
+
+    FAULT: the vendor has no such entry, fault the page in again. EXCEPTION: the guest takes one.
+    STOP: the VM is lost. EFAULT: KVM_RUN fails with -EFAULT, and the VM lives.
+    """
 
     OK = 0
     FAULT = 1
     EXCEPTION = 2
     STOP = 3
+    EFAULT = 4
 
 
 class CallAction(Enum):
@@ -144,7 +149,7 @@ class AccessAnswer:
     Attributes:
         codes: uint8 AccessCode per page of the runs.
         exception: what the guest takes at the first EXCEPTION page.
-        stop: why the VM stops at the first STOP page.
+        stop: why the VM stops at the first STOP page, or the run fails at the first EFAULT page.
         status: the vendor's status of that stop, 0 if it has none.
     """
 
@@ -156,7 +161,11 @@ class AccessAnswer:
 
 @dataclass(frozen=True)
 class CallAnswer:
-    """Answer to a guest call; ``done`` pages from the front took effect."""
+    """Answer to a guest call; ``done`` pages from the front took effect.
+
+    With CONVERT, ``refused`` is the status that the guest gets instead if the conversion is
+    declined (somebody holds a page): everything is then as it was.
+    """
 
     action: CallAction
     done: int = 0
@@ -164,6 +173,8 @@ class CallAnswer:
     status_name: str = ""
     to_private: bool = False
     exception: GuestException | None = None
+    refused: int = 0
+    refused_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -240,12 +251,12 @@ class Variant:
         name: the consumer's full name, "tdx-today".
         summary: one line: what it stands for.
         private_memory: whether its VMs have private memory (an ordinary VM has none).
-        personality: how its VMs convert unless they say otherwise: "attributes" or "in-place".
+        personalities: the ways its VMs can convert, the default first.
         options: config keys that make_consumer takes, each with its default.
     """
 
     name: str
     summary: str
     private_memory: bool = True
-    personality: str = "attributes"
+    personalities: tuple[str, ...] = ("attributes", "in-place")
     options: Mapping[str, str] = field(default_factory=dict)

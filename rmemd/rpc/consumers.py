@@ -58,7 +58,7 @@ def _list(core: Core) -> pb.ListConsumersResponse:
         reply.consumers.add(
             name=name, platform=offer.platform, summary=variant.summary,
             private_memory=variant.private_memory,
-            personality=personality(variant.personality == "in-place"),
+            personality=personality(variant.personalities[0] == "in-place"),
             options=dict(variant.options), ops=ops_table(offer.ops),
         )  # fmt: skip
     return reply

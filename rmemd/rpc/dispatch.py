@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from rmemd.engine.engine import Engine
 from rmemd.errors import BAD_REQUEST, INTERNAL, MESSAGE_TOO_BIG, SYSTEM_MEMORY, TOO_MANY, RmemError
-from rmemd.rpc.status import to_status
+from rmemd.rpc.status import shorten, to_status
 
 BULK_BYTES = (1 << 20) + (1 << 16)
 SMALL_BYTES = 1 << 16
@@ -80,7 +81,7 @@ def _handler(
     limit = BULK_BYTES if method.name in BULK_METHODS else SMALL_BYTES
 
     def unary(data: bytes, context: grpc.ServicerContext) -> Message:
-        with _Answering(engine, name, context):
+        with _Answering(engine, name, context) as answering, answering.named_in_logs():
             reply: Message = function(_parse(request_class, data, limit), Call(context))
             return reply
         raise AssertionError("unreachable: aborting raises")
@@ -134,8 +135,14 @@ class _Answering:
     def __init__(self, engine: Engine, name: str, context: grpc.ServicerContext) -> None:
         self._engine, self._name, self._context = engine, name, context
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Answering:
         self._begun = time.perf_counter()
+        self._correlation = f"{os.getpid():x}-{next(_numbers):x}"
+        return self
+
+    def named_in_logs(self) -> AbstractContextManager[None]:
+        """Have what this thread logs meanwhile (a hook's traceback) carry the call's id."""
+        return structlog.contextvars.bound_contextvars(correlation=self._correlation)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
@@ -144,19 +151,20 @@ class _Answering:
         if error is None or isinstance(error, GeneratorExit):
             log.debug("call", method=self._name, ms=took)
             return
-        refusal, correlation = self._name_it(error)
+        correlation = self._correlation
+        refusal = self._name_it(error)
         log.info(
             "refused", method=self._name, ms=took, reason=refusal.reason.name,
-            message=refusal.message, correlation=correlation,
+            message=shorten(refusal.message), correlation=correlation,
         )  # fmt: skip
         self._context.abort_with_status(to_status(refusal, self._engine.revision, correlation))
 
-    def _name_it(self, error: BaseException) -> tuple[RmemError, str]:
-        correlation = f"{os.getpid():x}-{next(_numbers):x}"
+    def _name_it(self, error: BaseException) -> RmemError:
+        correlation = self._correlation
         if isinstance(error, RmemError):
-            return error, correlation
+            return error
         if isinstance(error, (OSError, MemoryError)):
             log.error("system", correlation=correlation, exc_info=error)
-            return SYSTEM_MEMORY("the system refused memory"), correlation
+            return SYSTEM_MEMORY("the system refused memory")
         log.error("unexpected", correlation=correlation, exc_info=error)
-        return INTERNAL(f"unexpected; see the daemon's log under {correlation}"), correlation
+        return INTERNAL(f"unexpected; see the daemon's log under {correlation}")

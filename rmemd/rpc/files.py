@@ -90,7 +90,7 @@ class FileService:
             request.offset_bytes,
             request.length_bytes,
             request.purpose,
-            request.holder,
+            request.holder or "client",
         )
         return pb.PinPagesResponse(revision=self._engine.revision, pin=pin)
 

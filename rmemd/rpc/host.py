@@ -23,7 +23,7 @@ from rmemd.model.host import NodeRange
 from rmemd.model.vms import unpack
 from rmemd.rpc.dispatch import Call
 from rmemd.rpc.status import refusal_of
-from rmemd.units import I64, PAGE_SIZE, pages, run_breaks
+from rmemd.units import I64, MAX_GFN, PAGE_SIZE, pages, run_breaks
 
 MAP_RUNS_MAX = 4096
 MAP_FRAMES_MAX = 1 << 20
@@ -164,13 +164,19 @@ def _resolve(core: Core, address: pb.PageAddress) -> int:
 
 
 def _to_move(core: Core, request: pb.MigrateRequest) -> I64:
+    named = sum(wanted.npages for wanted in (*request.pfns, *request.gfns))
+    if named > core.host.nframes:
+        raise BAD_RANGE(
+            f"{named} pages are named, more than the host's {core.host.nframes} frames",
+            field="pfns" if request.pfns else "gfns",
+        )
     found = []
     for wanted in request.pfns:
-        found.append(frame_range(core, wanted.start, wanted.npages))
+        found.append(frame_range(core, wanted.start, wanted.npages, "pfns"))
     if request.gfns:
         vm = core.vms.get(request.vm)
         for wanted in request.gfns:
-            if wanted.start < 0 or not 0 < wanted.npages <= core.host.nframes:
+            if not (0 <= wanted.start < MAX_GFN and 0 < wanted.npages <= core.host.nframes):
                 raise BAD_RANGE(f"gfn {wanted.start:#x}+{wanted.npages:#x}", field="gfns")
             pfns, _ = unpack(vm.mirror.get(pages(wanted.start, wanted.npages)))
             found.append(pfns[pfns >= 0])
@@ -214,7 +220,7 @@ def _page_map(core: Core, request: pb.GetPageMapRequest) -> pb.GetPageMapRespons
     nframes = core.host.nframes
     first = request.first_pfn
     npages = request.npages or nframes - first
-    frame_range(core, first, max(npages, 1))
+    frame_range(core, first, max(npages, 1), "first_pfn")
     if request.max_runs < 0:
         raise BAD_REQUEST("max_runs is negative", field="max_runs")
     limit = min(request.max_runs or MAP_RUNS_MAX, MAP_RUNS_MAX)

@@ -6,6 +6,8 @@ also BadRequest, PreconditionFailure, RetryInfo or QuotaFailure, so that generic
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.duration_pb2 import Duration
@@ -18,6 +20,11 @@ from rmem.v1 import types_pb2
 from rmemd.errors import Kind, RmemError
 
 DOMAIN = "rmemd"
+# A status travels in trailing metadata, of which clients take 8 KiB by default; what a client sent
+# and a message quotes must not keep the refusal from arriving. Bytes of UTF-8, and entries.
+MESSAGE_MAX = 512
+TEXT_MAX = 192
+HOLDERS_MAX = 8
 # how long a client does well to wait before it tries a busy page again
 RETRY_NANOS = 10_000_000
 
@@ -25,6 +32,7 @@ RETRY_NANOS = 10_000_000
 def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Status:
     """Return what a handler aborts with."""
     code = grpc.StatusCode[refusal.reason.kind.code]
+    refusal = _bounded(refusal)
     status = Status(code=code.value[0], message=f"{refusal.reason.name}: {refusal.message}")
     for detail in (info(refusal, correlation), refusal_of(refusal, revision), *_by_kind(refusal)):
         packed = AnyMessage()
@@ -35,6 +43,7 @@ def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Statu
 
 def refusal_of(refusal: RmemError, revision: int = 0) -> types_pb2.Refusal:
     """Return a refusal as our own message."""
+    refusal = _bounded(refusal)
     d = refusal.details
     message = types_pb2.Refusal(
         reason=refusal.reason.name,
@@ -102,6 +111,31 @@ def _by_kind(refusal: RmemError) -> list[Message]:
         )
         return [error_details_pb2.QuotaFailure(violations=[quota])]
     return []
+
+
+def shorten(text: str, limit: int = MESSAGE_MAX) -> str:
+    """Return a text, cut where it is longer than ``limit`` bytes."""
+    data = text.encode(errors="replace")
+    if len(data) <= limit:
+        return text
+    return data[: limit - 3].decode(errors="ignore") + "…"
+
+
+def _bounded(refusal: RmemError) -> RmemError:
+    """Return the refusal with every text short enough to travel."""
+    d = refusal.details
+    texts = {
+        name: shorten(getattr(d, name), TEXT_MAX)
+        for name in ("field", "page", "state", "rule", "vendor_status", "where")
+    }
+    holders = tuple(
+        replace(h, name=shorten(h.name, TEXT_MAX // 2), purpose=shorten(h.purpose, TEXT_MAX // 2))
+        for h in d.holders[:HOLDERS_MAX]
+    )
+    message = shorten(refusal.message)
+    return type(refusal)(
+        refusal.reason, message, replace(d, holders=holders, **texts), refusal.errno
+    )
 
 
 def _signed(value: int) -> int:

@@ -31,6 +31,7 @@ class VmService:
         vm = self._engine.create_vm(
             request.consumer, _in_place(request.personality), dict(request.config),
             request.memlock_pages, request.name,
+            request.starts_private if request.HasField("starts_private") else None,
         )  # fmt: skip
         return pb.CreateVmResponse(revision=self._engine.revision, vm=vm.info.vm)
 

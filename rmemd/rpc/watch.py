@@ -24,6 +24,11 @@ class WatchService:
         core = self._engine.core
         if request.start_revision < 0:
             raise BAD_REQUEST("start_revision is negative", field="start_revision")
+        if request.start_revision > self._engine.revision:
+            raise BAD_REQUEST(
+                f"revision {request.start_revision} is yet to come; the present one is "
+                f"{self._engine.revision}", field="start_revision",
+            )  # fmt: skip
         at = request.start_revision or self._engine.revision
         # the first message says that the watch is in place: what happens from here on is seen
         self._events(at)

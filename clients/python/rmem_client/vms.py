@@ -34,6 +34,7 @@ class Vms:
         config: Mapping[str, str] | None = None,
         memlock_pages: int = 0,
         name: str = "",
+        starts_private: bool | None = None,
     ) -> int:
         """Make a VM and return its handle.
 
@@ -43,6 +44,7 @@ class Vms:
             config: the consumer's options.
             memlock_pages: RLIMIT_MEMLOCK in pages; 0: no limit.
             name: a name for people.
+            starts_private: whether guest memory starts private; None: as the kind of VM does.
         """
         request = vm_pb2.CreateVmRequest(
             consumer=consumer,
@@ -50,6 +52,7 @@ class Vms:
             config=config or {},
             memlock_pages=memlock_pages,
             name=name,
+            starts_private=starts_private,
         )
         return self._connection.call(self._stub.CreateVm, request).vm
 

@@ -99,7 +99,7 @@ class GupPlatform:
             Variant("gup", "an ordinary VM: pages found by GUP, no lasting reference",
                     private_memory=False),
             Variant("sw-protected", "KVM_X86_SW_PROTECTED_VM: private memory, no protection",
-                    personality="in-place"),
+                    personalities=("in-place", "attributes")),
         ]  # fmt: skip
 
     @hookimpl

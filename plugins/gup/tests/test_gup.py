@@ -42,7 +42,7 @@ def test_rule_22_private_folios_of_guest_memfd_do_not_migrate(bench: HookBench) 
 
 
 def test_only_the_software_protected_guest_has_private_memory_and_in_place() -> None:
-    found = {v.name: (v.private_memory, v.personality) for v in GupPlatform().variants()}
+    found = {v.name: (v.private_memory, v.personalities[0]) for v in GupPlatform().variants()}
     assert found == {"gup": (False, "attributes"), "sw-protected": (True, "in-place")}
 
 

@@ -28,7 +28,7 @@ def test_its_platform_checks_and_reclaims_nothing(bench: HookBench) -> None:
 def test_it_is_one_variant_with_private_memory_and_attributes() -> None:
     (variant,) = NullPlatform().variants()
     assert (variant.name, variant.private_memory) == ("null", True)
-    assert variant.personality == "attributes"
+    assert variant.personalities[0] == "attributes"
 
 
 @pytest.mark.parametrize("why", list(Why))

@@ -48,7 +48,7 @@ class PkvmPlatform:
     @hookimpl
     def variants(self) -> Sequence[Variant]:
         """Name the two guests; both convert in place."""
-        return [Variant(n, SUMMARIES[n], personality="in-place") for n in GUESTS]
+        return [Variant(n, SUMMARIES[n], personalities=("in-place",)) for n in GUESTS]
 
     @hookimpl
     def start(self, host: HostContext) -> None:

@@ -39,7 +39,8 @@ CALLS = {
 }
 # by the leaf's state: OWNED, SHARED_OWNED, SHARED_BORROWED, NOPAGE, POISON
 ACCESS = np.array(
-    [AccessCode.OK, AccessCode.OK, AccessCode.OK, AccessCode.FAULT, AccessCode.STOP], dtype=np.uint8
+    [AccessCode.OK, AccessCode.OK, AccessCode.OK, AccessCode.FAULT, AccessCode.EFAULT],
+    dtype=np.uint8,
 )
 POISON_STOP = "-EFAULT: the host took the page back by force, and the guest touched it"
 
@@ -195,7 +196,10 @@ class ProtectedGuest:
         if call is GuestCall.RELINQUISH or done == 0:
             return CallAnswer(CallAction.DONE, done, status, name)
         to_private = call is GuestCall.UNSHARE
-        return CallAnswer(CallAction.CONVERT, done, status, name, to_private)
+        return CallAnswer(
+            CallAction.CONVERT, done, status, name, to_private,
+            refused=SMCCC_INVALID_PARAMETER, refused_name="SMCCC_RET_INVALID_PARAMETER",
+        )  # fmt: skip
 
     @hookimpl
     def error(self, tx: HookTx, runs: Runs, consumed: bool) -> str:

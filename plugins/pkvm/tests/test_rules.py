@@ -297,7 +297,7 @@ def test_rule_13_the_kernels_touch_zeroes_the_page_and_poisons_the_ipa(lab: Lab)
     assert answer.destroyed.tolist() == [True, False, False]
     assert (lab.names(GFN, GFN + 1), lab.host(PFN)) == (["POISON", "OWNED"], [0])
     access = lab.run(lab.ops.guest_access, 0, runs(GFN, PFN, 2), False)
-    assert access.codes.tolist() == [AccessCode.STOP, AccessCode.OK]
+    assert access.codes.tolist() == [AccessCode.EFAULT, AccessCode.OK]
     assert (access.status, access.stop[:7]) == (-14, "-EFAULT")
     with refused(lab, "-EFAULT", 14):
         lab.map(pfn=PFN + 5)
@@ -545,7 +545,7 @@ def test_the_variants_differ_in_pin_and_migrate_folio_and_in_nothing_else() -> N
 
 def test_both_convert_in_place_and_have_private_memory() -> None:
     for variant in PkvmPlatform().variants():
-        assert (variant.personality, variant.private_memory) == ("in-place", True)
+        assert (variant.personalities, variant.private_memory) == (("in-place",), True)
         assert variant.name in VARIANTS
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rmemd.errors import NOT_FINALIZED, OP_NOT_IMPLEMENTED_BY_CONSUMER
+from rmemd.errors import NOT_FINALIZED
 from rmemd.hooks import (
     AccessAnswer,
     AccessCode,
@@ -204,9 +204,8 @@ class SnpConsumer:
             return CallAnswer(CallAction.HYPERCALL, to_private=call is GuestCall.UNSHARE)
         if call in (GuestCall.VALIDATE, GuestCall.RESCIND):
             return self._pvalidate(tx, gfns, level, call is GuestCall.VALIDATE)
-        raise OP_NOT_IMPLEMENTED_BY_CONSUMER(
-            f"an SNP guest has no call {call.value}", rule="snp.md §1 CPU instructions"
-        )
+        undefined = GuestException("#UD", 6, f"an SNP guest has no instruction for {call.value}")
+        return CallAnswer(CallAction.EXCEPTION, exception=undefined)
 
     def _pvalidate(self, tx: HookTx, gfns: I64, level: int, value: bool) -> CallAnswer:
         """PVALIDATE page by page, up to the first #NPF; at 2M it always finds 4K entries.

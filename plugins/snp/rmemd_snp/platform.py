@@ -159,15 +159,15 @@ def _parse(config: Mapping[str, str]) -> tuple[int, bool]:
     """Return (policy, ciphertext hiding) of a configuration."""
     values = {**OPTIONS, **config}
     if unknown := sorted(values.keys() - OPTIONS.keys()):
-        raise BAD_REQUEST(f"snp has no option {unknown[0]}", field=unknown[0])
+        raise BAD_REQUEST(f"snp has no option {unknown[0]}", field=f"config.{unknown[0]}")
     if values["ciphertext_hiding"] not in ("0", "1"):
-        raise BAD_REQUEST("ciphertext_hiding is 0 or 1", field="ciphertext_hiding")
+        raise BAD_REQUEST("ciphertext_hiding is 0 or 1", field="config.ciphertext_hiding")
     try:
         policy = int(values["policy"], 16)
     except ValueError:
         policy = -1
     if not 0 <= policy < 1 << 64:
-        raise BAD_REQUEST("policy is a 64-bit number in hex", field="policy")
+        raise BAD_REQUEST("policy is a 64-bit number in hex", field="config.policy")
     return policy, values["ciphertext_hiding"] == "1"
 
 

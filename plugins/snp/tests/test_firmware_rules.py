@@ -245,7 +245,7 @@ def test_ciphertext_hiding_policy_needs_hiding(host):
 def test_bad_options_are_refused_by_name(host, config):
     with host.bench.unchanged(), pytest.raises(RmemError) as caught:
         host.vm(**config)
-    assert caught.value.details.field == next(iter(config))
+    assert caught.value.details.field == f"config.{next(iter(config))}"
 
 
 def test_unknown_variant(host):

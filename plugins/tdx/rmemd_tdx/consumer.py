@@ -156,7 +156,7 @@ class TdxConsumer:
         if tx.vcpu_count == 0:
             raise NO_SUCH_VCPU("KVM_TDX_INIT_MEM_REGION is a vCPU ioctl, and there is no vCPU")
         if (kinds != PageKind.NORMAL).any():
-            raise BAD_REQUEST("TDX knows NORMAL initial pages only", field="kinds")
+            raise BAD_REQUEST("TDX knows NORMAL initial pages only", field="kind")
         gfns, pfns = runs.gfns(), runs.pfns()
         leaves.add(tx, self.td, gfns, pfns)
         records = leaves.add_records(gfns)
@@ -209,8 +209,8 @@ class TdxConsumer:
         text = "EPT violation on a page that the guest has not accepted"
         if not disabled:
             return AccessAnswer(codes, GuestException("#VE", EXIT_REASON_EPT_VIOLATION, text))
-        met = codes[codes != AccessCode.OK]
-        if met.size and met[0] == AccessCode.STOP:
+        # the pages before it are executed first, and then the engine asks again
+        if codes[:1] == AccessCode.STOP:
             tx.set(self.td.fields, "BUGGED", 1)
         return AccessAnswer(codes, stop=f"-EIO, the VM is dead: {text}")
 

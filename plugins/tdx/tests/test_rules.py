@@ -159,6 +159,10 @@ def test_rule_07_access_before_accept_with_ve_disabled(make_running: Any) -> Non
     host.bench.enter(host.vm, 0)
     answer = host.run(host.ops.guest_access, 0, runs(0, 10, 2), False)
     assert list(answer.codes) == [AccessCode.OK, AccessCode.STOP]
+    # the accepted page is executed first, and the engine asks again: the TD lives until then
+    assert not host.bench.space.tables[f"vm/{host.vm}/tdx/td"]["BUGGED"]
+    answer = host.run(host.ops.guest_access, 0, runs(1, 11), False)
+    assert list(answer.codes) == [AccessCode.STOP]
     assert "-EIO" in answer.stop
     refusal = host.refused(host.ops.enter, 1)
     assert (refusal.reason.name, refusal.errno_name) == ("VM_DEAD", "EIO")
@@ -545,7 +549,7 @@ def test_populate_needs_a_vcpu_and_normal_pages(make_host: Any) -> None:
     assert refusal.reason.name == "NO_SUCH_VCPU"
     host = make_host()
     refusal = host.refused(host.ops.populate, runs(0, 10), secrets, True, ZERO_PAGE)
-    assert refusal.details.field == "kinds"
+    assert refusal.details.field == "kind"
 
 
 def test_populate_copies_under_the_key(host: Any) -> None:

@@ -116,6 +116,7 @@ def show(settings: Settings, vm: int) -> None:
 @click.option(
     "--config", type=SETTING, multiple=True, metavar="KEY=VALUE", help="A consumer's option."
 )
+@click.option("--private/--shared", default=None, help="How its memory starts.")
 @click.option("--memlock", type=SIZE, default="0", help="RLIMIT_MEMLOCK [default: no limit].")
 @pass_settings
 def create(
@@ -124,6 +125,7 @@ def create(
     name: str,
     personality: str | None,
     config: tuple[tuple[str, str], ...],
+    private: bool | None,
     memlock: int,
 ) -> None:
     """Make a VM with a CONSUMER ("tdx-today"; see `consumers list`) and print its handle."""
@@ -136,6 +138,7 @@ def create(
         config=dict(config),
         memlock_pages=-(-memlock // PAGE_BYTES),
         name=name,
+        starts_private=private,
     )
     reply = {"revision": settings.client.last_revision, "vm": made}
     settings.out.show(reply, f"vm/{made}", names=[f"vm/{made}"])

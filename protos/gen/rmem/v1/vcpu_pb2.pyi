@@ -119,7 +119,7 @@ class _ExitReason:
 class _ExitReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ExitReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EXIT_REASON_UNSPECIFIED: _ExitReason.ValueType  # 0
-    """Not given."""
+    """KVM_RUN failed with the errno that is given; there is no exit reason."""
     EXIT_REASON_HYPERCALL: _ExitReason.ValueType  # 1
     """KVM_EXIT_HYPERCALL, KVM_HC_MAP_GPA_RANGE."""
     EXIT_REASON_MEMORY_FAULT: _ExitReason.ValueType  # 2
@@ -141,7 +141,7 @@ class ExitReason(_ExitReason, metaclass=_ExitReasonEnumTypeWrapper):
     """ExitReason is why the vCPU came back."""
 
 EXIT_REASON_UNSPECIFIED: ExitReason.ValueType  # 0
-"""Not given."""
+"""KVM_RUN failed with the errno that is given; there is no exit reason."""
 EXIT_REASON_HYPERCALL: ExitReason.ValueType  # 1
 """KVM_EXIT_HYPERCALL, KVM_HC_MAP_GPA_RANGE."""
 EXIT_REASON_MEMORY_FAULT: ExitReason.ValueType  # 2

@@ -91,6 +91,7 @@ class CreateVmRequest(_message.Message):
     CONFIG_FIELD_NUMBER: _builtins.int
     MEMLOCK_PAGES_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    STARTS_PRIVATE_FIELD_NUMBER: _builtins.int
     consumer: _builtins.str
     """The consumer's full name: "tdx-today"."""
     personality: _types_pb2.Personality.ValueType
@@ -99,6 +100,10 @@ class CreateVmRequest(_message.Message):
     """RLIMIT_MEMLOCK in pages, for consumers that pin long-term; 0: no limit."""
     name: _builtins.str
     """A name for people."""
+    starts_private: _builtins.bool
+    """Whether guest memory starts private (the `attributes` way); unset: as the kind of VM does,
+    confidential ones private, ordinary ones shared.
+    """
     @_builtins.property
     def config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The consumer's options."""
@@ -111,12 +116,15 @@ class CreateVmRequest(_message.Message):
         config: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         memlock_pages: _builtins.int = ...,
         name: _builtins.str = ...,
+        starts_private: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private", "starts_private", b"starts_private"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "consumer", b"consumer", "memlock_pages", b"memlock_pages", "name", b"name", "personality", b"personality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private", "config", b"config", "consumer", b"consumer", "memlock_pages", b"memlock_pages", "name", b"name", "personality", b"personality", "starts_private", b"starts_private"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__starts_private: _TypeAlias = _typing.Literal["starts_private"]  # noqa: Y015
+    _WhichOneofArgType__starts_private: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__starts_private) -> _WhichOneofReturnType__starts_private | None: ...
 
 Global___CreateVmRequest: _TypeAlias = CreateVmRequest  # noqa: Y015
 

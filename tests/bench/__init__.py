@@ -1,0 +1,1 @@
+"""Performance, shown as ratios beside a floor or peer; run with ``make bench``."""

@@ -1,0 +1,164 @@
+"""Tables against the plainest model there is: a dense array, a list, a dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rmemd.hooks.sparse import LEAF, NODE_PAGES_SHIFT
+from rmemd.hooks.tables import Space, TableSpec, Write, same_state
+
+# the model covers two windows: around index 0, and around the border of two nodes
+NODE = 1 << NODE_PAGES_SHIFT
+WINDOW = 3 * LEAF
+BASES = (0, NODE - WINDOW // 2)
+borders = st.sampled_from([0, 1, LEAF - 1, LEAF, LEAF + 1, 2 * LEAF - 1, WINDOW // 2, WINDOW - 1])
+offsets = st.one_of(borders, st.integers(0, WINDOW - 1))
+values = st.integers(0, 3)
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> tuple[int, int]:
+    """Draw (offset, n) inside the window, often at a border."""
+    one, other = draw(offsets), draw(offsets)
+    return min(one, other), abs(one - other) + 1
+
+
+@st.composite
+def writes(draw: st.DrawFn) -> tuple[str, Any, Any]:
+    """Draw one write: ("fill", span, value), ("put", offsets, values), ("store", span, values)."""
+    kind = draw(st.sampled_from(["fill", "put", "store"]))
+    if kind == "put":
+        at = draw(st.lists(offsets, min_size=1, max_size=12, unique=True))
+        return kind, at, draw(st.lists(values, min_size=len(at), max_size=len(at)))
+    start, n = draw(spans())
+    if kind == "fill":
+        return kind, (start, n), draw(values)
+    n = min(n, 64, WINDOW - start)
+    return kind, (start, n), draw(st.lists(values, min_size=n, max_size=n))
+
+
+def _write(space: Space, model: np.ndarray, base: int, write: tuple[str, Any, Any]) -> Write:
+    kind, at, value = write
+    if kind == "put":
+        model[at] = value
+        indices = np.array(at, dtype=np.int64) + base
+        return space.apply(Write("t", "put", (indices, np.array(value, dtype=np.uint8))))
+    start, n = at
+    model[start : start + n] = value
+    if kind == "fill":
+        return space.apply(Write("t", "fill", (start + base, n, value)))
+    return space.apply(Write("t", "store", (start + base, np.array(value, dtype=np.uint8))))
+
+
+def _made(kind: str, fill: int) -> tuple[Space, Any]:
+    space = Space()
+    space.apply(Write("", "create", (TableSpec("t", kind, "u1", fill, 2 * NODE),)))
+    return space, space.tables["t"]
+
+
+@given(
+    st.lists(writes(), max_size=8), spans(), values, st.sampled_from(BASES), st.integers(0, 1),
+)  # fmt: skip
+def test_sparse_reads_as_an_array(
+    script: list[Any], span: tuple[int, int], value: int, base: int, fill: int
+) -> None:
+    space, table = _made("sparse", fill)
+    model = np.full(WINDOW, fill, dtype=np.uint8)
+    for write in script:
+        _write(space, model, base, write)
+    start, n = span[0], min(span[1], WINDOW - span[0])
+    part = model[start : start + n]
+    assert np.array_equal(table.slice(base + start, n), part)
+    shuffled = np.random.default_rng(n).permutation(n).astype(np.int64)
+    assert np.array_equal(table.get(shuffled + base + start), part[shuffled])
+    assert [table.at(base + start + i) for i in (0, n - 1)] == [part[0], part[-1]]
+    touched = np.flatnonzero(part != fill) + base + start
+    assert np.array_equal(table.touched(base + start, n), touched)
+    assert table.equals(base + start, n, value) == bool((part == value).all())
+    starts, counts, found = table.runs(base + start, n)
+    assert np.array_equal(np.repeat(found, counts), part)
+    assert (found[1:] != found[:-1]).all(), "runs are maximal"
+    assert starts.tolist() == [base + start, *(base + start + np.cumsum(counts)[:-1]).tolist()]
+
+
+@given(st.lists(writes(), min_size=1, max_size=8), st.sampled_from(BASES), st.integers(0, 1))
+def test_inverses_take_writes_back(script: list[Any], base: int, fill: int) -> None:
+    space, table = _made("sparse", fill)
+    model = np.full(WINDOW, fill, dtype=np.uint8)
+    history = []
+    for write in script:
+        before = space.snapshot()
+        history.append((before, _write(space, model, base, write)))
+    for before, inverse in reversed(history):
+        space.apply(inverse)
+        assert same_state(before, space.snapshot()) == []
+    assert table.snapshot() == []
+
+
+@given(st.lists(writes(), max_size=6), st.lists(writes(), max_size=6), st.sampled_from(BASES))
+def test_snapshots_are_equal_exactly_when_the_contents_are(
+    one: list[Any], other: list[Any], base: int
+) -> None:
+    spaces, models = [], []
+    for script in (one, other):
+        space, _ = _made("sparse", 0)
+        model = np.zeros(WINDOW, dtype=np.uint8)
+        for write in script:
+            _write(space, model, base, write)
+        spaces.append(space)
+        models.append(model)
+    same = same_state(spaces[0].snapshot(), spaces[1].snapshot()) == []
+    assert same == np.array_equal(*models)
+
+
+def test_a_fill_over_whole_nodes_costs_nothing_and_is_undone() -> None:
+    space, table = _made("sparse", 0)
+    space.apply(Write("t", "put", (np.array([5, NODE + 7]), 2)))
+    before = space.snapshot()
+    inverse = space.apply(Write("t", "fill", (0, 64 * NODE, 1)))
+    assert table.equals(0, 64 * NODE, 1)
+    assert table.at(64 * NODE) == 0
+    assert all(isinstance(node, int) for node in table._nodes.values())
+    space.apply(inverse)
+    assert same_state(before, space.snapshot()) == []
+
+
+@given(st.lists(writes(), min_size=1, max_size=8))
+def test_dense_is_an_array_with_inverses(script: list[Any]) -> None:
+    space, table = _made("dense", 1)
+    model = np.ones(WINDOW, dtype=np.uint8)
+    undo = []
+    for write in script:
+        undo.append(_write(space, model, 0, write))
+        assert np.array_equal(table.view[:WINDOW], model)
+    for inverse in reversed(undo):
+        space.apply(inverse)
+    assert (table.view == 1).all()
+    with pytest.raises(ValueError, match="read-only"):
+        table.view[0] = 3
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers()), max_size=12))
+def test_records_keep_values_and_order_through_undo(script: list[tuple[bool, int, int]]) -> None:
+    space = Space()
+    space.apply(Write("", "create", (TableSpec("r", "records"),)))
+    table: Any = space.tables["r"]
+    model: dict[int, int] = {}
+    history = []
+    for is_set, key, value in script:
+        before = table.items()
+        write = Write("r", "set", (key, value)) if is_set else Write("r", "drop", (key,))
+        history.append((before, space.apply(write)))
+        if is_set:
+            model[key] = value
+        else:
+            model.pop(key, None)
+        assert table.items() == list(model.items())
+    for before, inverse in reversed(history):
+        space.apply(inverse)
+        assert table.items() == before
