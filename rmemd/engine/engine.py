@@ -15,7 +15,7 @@ from rmemd.consumers.guard import Guard
 from rmemd.engine import compact, convert, lifecycle, memory, physical, populate, queries, vcpu
 from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
-from rmemd.engine.core import Core, Options
+from rmemd.engine.core import Core, Options, Steps
 from rmemd.engine.faultrules import Rule
 from rmemd.engine.migrate import Report, migrate
 from rmemd.engine.physical import Poisoned
@@ -67,7 +67,7 @@ class Engine:
         starts_private: bool | None = None,
     ) -> Vm:
         """Make a VM. ALL."""
-        return self.core.run(
+        return self._once(
             lambda: lifecycle.create_vm(
                 self.core, consumer, in_place, config or {}, memlock_pages, name, starts_private
             )
@@ -116,13 +116,13 @@ class Engine:
     # --- vCPUs -------------------------------------------------------------------------------
     def create_vcpu(self, vm: int, index: int) -> None:
         """Make a vCPU. ALL."""
-        self.core.run(lambda: lifecycle.create_vcpu(self.core, vm, index))
+        self._once(lambda: lifecycle.create_vcpu(self.core, vm, index))
 
     def set_programme(
         self, vm: int, index: int, programme: tuple[Instruction, ...], lazy_accept: bool = False
     ) -> None:
         """Give a vCPU a programme. ALL."""
-        self.core.run(lambda: vcpu.set_programme(self.core, vm, index, programme, lazy_accept))
+        self._once(lambda: vcpu.set_programme(self.core, vm, index, programme, lazy_accept))
 
     def run_vcpu(
         self,
@@ -170,7 +170,7 @@ class Engine:
         self, file: int, offset: int, length: int, policy: int, nodes: tuple[int, ...]
     ) -> None:
         """Store a NUMA policy. ALL."""
-        self.core.run(lambda: memory.set_policy(self.core, file, offset, length, policy, nodes))
+        self._once(lambda: memory.set_policy(self.core, file, offset, length, policy, nodes))
 
     def get_policy(self, file: int, offset: int) -> Policy:
         """Read the NUMA policy at an offset."""
@@ -240,6 +240,10 @@ class Engine:
     def remove_fault_rule(self, rule: int) -> None:
         """Remove a fault rule. ALL."""
         self.read(lambda core: core.rules.remove(rule))
+
+    def _once(self, operation: Callable[[], Steps[T]]) -> T:
+        """Run an operation of a single transaction, again while others are in its way."""
+        return self.core.run(lambda: self.core.unit(operation))
 
     def _nodes(self, node: int | None) -> tuple[int, ...]:
         every = tuple(n.node for n in self.core.host.nodes)

@@ -17,7 +17,7 @@ from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, Holder
 from rmemd.model.files import RestrictedFile
 from rmemd.model.host import POISON, Stored, Use
 from rmemd.model.ledger import PIN_BIAS
-from rmemd.model.vms import Vm, unpack
+from rmemd.model.vms import Slot, Vm, unpack
 from rmemd.units import I64, pages
 
 STORED_NAMES = {
@@ -161,6 +161,22 @@ def _why_unmovable(core: Core, pfn: int, counted: int, expected: int) -> str:
     if not movable_frames(core, np.array([pfn]))[0]:
         return FOLIO_UNMOVABLE.name if core.host.owner.at(pfn) else ""
     return FOLIO_BUSY.name if counted > expected else ""
+
+
+def guest_frames(core: Core, vm: Vm, gfn: int, npages: int) -> I64:
+    """Return the frames behind a guest range, mapped or not; pages without a frame are left out."""
+    found, _ = unpack(vm.mirror.get(vm.mirror.touched(gfn, npages)))
+    behind = [found]
+    _, _, numbers = vm.slotmap.runs(gfn, npages)
+    for number in np.unique(numbers[numbers > 0]).tolist():
+        slot: Slot = vm.slots[number - 1]
+        if not core.files.exists(slot.file):
+            continue
+        lo, hi = max(slot.gfn, gfn), min(slot.gfn + slot.npages, gfn + npages)
+        file, first = core.files.get(slot.file), lo - slot.gfn + slot.pgoff
+        for table in (file.frames, file.shared):
+            behind.append(table.get(table.touched(first, hi - lo)) - 1)
+    return np.unique(np.concatenate(behind))
 
 
 def account(core: Core, file: RestrictedFile) -> Account:

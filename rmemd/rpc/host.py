@@ -20,10 +20,9 @@ from rmemd.errors import BAD_RANGE, BAD_REQUEST, NO_SUCH_REASON, REASONS, Reason
 from rmemd.hooks.types import Agent
 from rmemd.model import buddy
 from rmemd.model.host import NodeRange
-from rmemd.model.vms import unpack
 from rmemd.rpc.dispatch import Call
 from rmemd.rpc.status import refusal_of
-from rmemd.units import I64, MAX_GFN, PAGE_SIZE, pages, run_breaks
+from rmemd.units import I64, MAX_GFN, PAGE_SIZE, run_breaks
 
 MAP_RUNS_MAX = 4096
 MAP_FRAMES_MAX = 1 << 20
@@ -178,8 +177,7 @@ def _to_move(core: Core, request: pb.MigrateRequest) -> I64:
         for wanted in request.gfns:
             if not (0 <= wanted.start < MAX_GFN and 0 < wanted.npages <= core.host.nframes):
                 raise BAD_RANGE(f"gfn {wanted.start:#x}+{wanted.npages:#x}", field="gfns")
-            pfns, _ = unpack(vm.mirror.get(pages(wanted.start, wanted.npages)))
-            found.append(pfns[pfns >= 0])
+            found.append(queries.guest_frames(core, vm, wanted.start, wanted.npages))
     if not found:
         raise BAD_REQUEST("no page is named", field="pfns")
     return np.concatenate(found)

@@ -7,6 +7,7 @@ also BadRequest, PreconditionFailure, RetryInfo or QuotaFailure, so that generic
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -124,7 +125,7 @@ def shorten(text: str, limit: int = MESSAGE_MAX) -> str:
 def _bounded(refusal: RmemError) -> RmemError:
     """Return the refusal with every text short enough to travel."""
     d = refusal.details
-    texts = {
+    texts: dict[str, Any] = {
         name: shorten(getattr(d, name), TEXT_MAX)
         for name in ("field", "page", "state", "rule", "vendor_status", "where")
     }

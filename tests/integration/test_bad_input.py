@@ -1,7 +1,7 @@
 """Bad input, case by case: the kernel's errno where it has one, the field, and nothing changed.
 
-``test_fuzz`` throws nonsense at every RPC; here each refusal of restrictedmem.md §2 goes through the
-wire, in the kernel's order of checks, and clients misbehave in ways that no message can.
+``test_fuzz`` throws nonsense at every RPC; here each refusal of restrictedmem.md §2 goes through
+the wire, in the kernel's order of checks, and clients misbehave in ways that no message can.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ CASES = [
     Case("Populate", {"source": b"x"}, "NOT_PAGE_ALIGNED", EINVAL, "gpa"),
     Case("Populate", {"source": b""}, "BAD_RANGE", EINVAL, "source"),
     Case("Populate", {"gpa": U64 - PAGE}, "BAD_RANGE", EINVAL, "source"),
-    Case("Populate", {"gpa": 1 << 40}, "NO_MEMSLOT", errno.ENOENT, "gpa"),
+    Case("Populate", {"gpa": 1 << 40}, "NOT_PRIVATE", EINVAL, "gpa"),
     Case("PreFault", {"gpa": 1}, "NOT_PAGE_ALIGNED", EINVAL, "gpa"),
     Case("PreFault", {"size_bytes": 0}, "BAD_RANGE", EINVAL, SIZE),
     Case("PreFault", {"gpa": U64 - PAGE}, "BAD_RANGE", EINVAL, SIZE),
@@ -315,8 +315,8 @@ KINDS = {
 }  # fmt: skip
 # 0 means all or any, or the handle is an output, or a filter for what is gone as well
 FREE = {
-    ("GetAccounting", "vm"): {0}, ("AddFaultRule", "rule.vm"): {0}, ("AddFaultRule", "rule.rule"): 0,
-    ("Watch", "vm"): 0,
+    ("GetAccounting", "vm"): {0}, ("AddFaultRule", "rule.vm"): {0},
+    ("AddFaultRule", "rule.rule"): 0, ("Watch", "vm"): 0,
 }  # fmt: skip
 
 
@@ -395,10 +395,13 @@ def test_oversized_messages(world: World, name: str) -> None:
         answer = world.rpc.call_raw(name, _padded(SMALL_LIMIT + 1))
         assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (answer.reason, answer.refusal.errno_name) == ("MESSAGE_TOO_BIG", "EMSGSIZE")
-    # beyond what any call takes, gRPC itself refuses and nothing is received
-    answer = world.rpc.call_raw(name, _padded(BULK_LIMIT + 1))
-    assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert world.rpc.call("GetHost").ok
+    else:
+        answer = world.rpc.call_raw(name, _padded(SMALL_LIMIT + 1))
+        assert answer.reason != "MESSAGE_TOO_BIG", answer.message
+        # beyond what any call takes, gRPC itself refuses: nothing is received, so no detail
+        answer = world.rpc.call_raw(name, _padded(BULK_LIMIT + 1))
+        assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert world.rpc.call("GetHost").ok
 
 
 def test_what_a_client_sent_never_keeps_the_refusal_from_arriving(world: World) -> None:
@@ -491,7 +494,8 @@ def _is_idle(client: Any, vm: int) -> bool:
     try:
         client.vcpus.set_programme(vm, 0, [vcpus.halt()])
     except RmemError as error:
-        assert error.reason == "VCPU_BUSY"
+        if error.reason != "VCPU_BUSY":
+            raise
         return False
     return True
 

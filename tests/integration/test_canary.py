@@ -1,4 +1,4 @@
-"""A guest's bytes are nowhere but with the guest: not on the bus, not in the journal, not in a reply.
+"""A guest's bytes are with the guest and nowhere else: bus, journal, events, replies.
 
 TDX and SNP guests write 64 MiB each of known words and known bytes; every frame's raw bytes, every
 event and every answer that the host can get is searched for them.

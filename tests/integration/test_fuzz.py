@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rpc_world import PAGE, World, whole_state
 
 ALL = sorted(METHODS)
-EXAMPLES = int(os.environ.get("RMEMD_FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("RMEMD_FUZZ_EXAMPLES", "30"))
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION,
@@ -59,7 +59,7 @@ def _integers(bits: int, signed: bool) -> st.SearchStrategy[int]:
 
 
 TEXTS = (
-    st.sampled_from(["", "tdx-today", "DMA", "map", "\x00", "\n", "é" * 64, "x" * 60_000, "é" * 20_000])
+    st.sampled_from(["", "tdx-today", "DMA", "map", "\x00", "\n", "x" * 60_000, "é" * 20_000])
     | st.text(max_size=80)
 )  # fmt: skip
 BYTES = st.sampled_from([0, 1, 23, 24, PAGE - 1, PAGE, 2 * PAGE, 60_000]).map(

@@ -64,7 +64,7 @@ def test_step_2_a_lost_race_leaves_nothing_held_and_retries(engine: Engine, cons
     guest = Guest(engine, consumer, npages=8)
     engine.add_fault_rule(guest.vm, "lost_race", "LOST", nth=1, times=1)
     done = engine.pre_fault(guest.vm, guest.gpa(0), PAGE_SIZE, traced=True)
-    steps = dict((step, (refs, pins)) for step, refs, pins in done.trace.steps)
+    steps = {step: (refs, pins) for step, refs, pins in done.trace.steps}
     assert done.retries == 1
     assert steps["lost race"] == (1, 0)
     assert [step for step, *_ in done.trace.steps].count("lookup") == 2

@@ -339,16 +339,18 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _refused(self, act: Callable[[], Any], whole: bool = True) -> RmemError | None:
         before = self._state()
+        refusal = None
         try:
             act()
-        except RmemError as refusal:
+        except RmemError as caught:
+            refusal = caught
+        if refusal is not None:
             self._judge(refusal)
             if whole:
                 after = self._state()
                 assert same_state(before[1], after[1]) == [], str(refusal)
                 assert before[0] == after[0]
-            return refusal
-        return None
+        return refusal
 
     def _report(self, report: Any, asked: Any) -> None:
         for moved in report.moves:

@@ -31,7 +31,8 @@ KVM_ENOSYS = 1000
 class OrdinaryGuest:
     """An ordinary VM: it has no private memory, so its hooks are asked next to nothing.
 
-    Its pages move by invalidation, which needs no hook: migrate_folio governs private folios.
+    Its pages move by invalidation, and a poisoned one is unmapped, which needs no hook: hooks are
+    about private folios.
     Source: Linux virt/kvm/kvm_main.c, kvm_faultin_pfn; pkvm.md §7 "GUP VM".
     """
 
@@ -43,15 +44,6 @@ class OrdinaryGuest:
     def invalidate_end(self, tx: HookTx, runs: Runs, why: Why, ok: bool) -> None:
         """Keep nothing."""
 
-    @hookimpl
-    def error(self, tx: HookTx, runs: Runs, consumed: bool) -> str:
-        """Live on with the page unmapped, until the guest consumes the poison.
-
-        Source: Linux mm/memory-failure.c, kill_proc.
-        Differs: a VMM may survive the SIGBUS and give its guest a machine check; here it does not.
-        """
-        return "SIGBUS, BUS_MCEERR_AR: the guest consumed a poisoned page" if consumed else ""
-
 
 class SoftwareProtectedGuest(OrdinaryGuest):
     """KVM_X86_SW_PROTECTED_VM: private memory without any protection, made for tests.
@@ -60,6 +52,15 @@ class SoftwareProtectedGuest(OrdinaryGuest):
     every VM type, and the RFC of June 2026 moves the pages of VMs without private memory only.
     Source: pkvm.md §7; restrictedmem.md §1 "Migration", §4 "Migration".
     """
+
+    @hookimpl
+    def error(self, tx: HookTx, runs: Runs, consumed: bool) -> str:
+        """Live on with the page unmapped, until the guest consumes the poison.
+
+        Source: Linux mm/memory-failure.c, kill_proc.
+        Differs: a VMM may survive the SIGBUS and give its guest a machine check; here it does not.
+        """
+        return "SIGBUS, BUS_MCEERR_AR: the guest consumed a poisoned page" if consumed else ""
 
     @hookimpl
     def convert(self, tx: HookTx, runs: Runs, to_private: bool) -> Content:
