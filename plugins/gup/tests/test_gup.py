@@ -29,7 +29,7 @@ def test_the_ordinary_guest_has_the_pair_only(bench: HookBench) -> None:
 
 def test_the_software_protected_guest_adds_conversion_and_its_call(bench: HookBench) -> None:
     added = _ops(bench, "sw-protected") - _ops(bench, "gup")
-    assert added == {"convert", "guest_call"}
+    assert added == {"convert", "error", "guest_call"}
 
 
 def test_rule_20_neither_pins_what_it_maps(bench: HookBench) -> None:
