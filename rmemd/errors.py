@@ -50,14 +50,19 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Holder:
-    """Somebody who holds references: ``name`` ("vm/3"), ``purpose`` ("secure EPT"), how many."""
+    """Somebody who holds references: ``name`` ("vm/3"), ``purpose`` ("secure EPT"), how many.
+
+    ``longterm`` says that they are long-term pins, each of which counts as 1024 references.
+    """
 
     name: str
     purpose: str
     count: int
+    longterm: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.purpose}: {self.count})"
+        what = "pins" if self.longterm else "references"
+        return f"{self.name} ({self.purpose}, {what}: {self.count})"
 
 
 @dataclass(frozen=True)

@@ -334,6 +334,9 @@ class Core:
         for index, vcpu in found.vcpus.items():
             if vcpu.inside:
                 self.leave(tx, found, index)
+            else:
+                # held until the transaction ends: it must not enter on the state before
+                tx.set(found.vcpus, index, vcpu)
 
     def vcpu_count(self, vm: int) -> int:
         """Count the VM's vCPUs."""

@@ -120,10 +120,7 @@ def free_frames(core: Core, tx: Tx, pfns: I64) -> None:
     for platform in core.registry.platforms.values():
         if platform.ops.free is not None:
             refused |= platform.call(tx, 0, "free", pfns)
-    leaked = pfns[refused]
-    if leaked.size:
-        tx.put(host.use, leaked, int(Use.LEAKED))
-        tx.emit("frames_leaked", npages=leaked.size, first_pfn=int(leaked[0]))
+    leak(core, tx, pfns[refused])
     freed = pfns[~refused]
     flags = host.flags.get(freed)
     tx.put(host.stored, freed, int(Stored.RAW_ZERO))
@@ -138,6 +135,13 @@ def free_frames(core: Core, tx: Tx, pfns: I64) -> None:
     clean = freed[~bad & ~dirty]
     if clean.size:
         buddy.give(host, tx, clean)
+
+
+def leak(core: Core, tx: Tx, pfns: I64) -> None:
+    """Take frames out of use for good: counted, never reused."""
+    if pfns.size:
+        tx.put(core.host.use, pfns, int(Use.LEAKED))
+        tx.emit("frames_leaked", npages=pfns.size, first_pfn=int(pfns[0]))
 
 
 def charge_found(core: Core, tx: Tx, file: RestrictedFile, start: int, npages: int) -> I64:

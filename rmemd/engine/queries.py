@@ -71,7 +71,7 @@ class Page:
     references: int
     pins: int
     expected: int
-    holders: tuple[tuple[Holder, bool], ...]
+    holders: tuple[Holder, ...]
     unmovable: str
     poisoned: bool
 
@@ -150,7 +150,7 @@ def page(core: Core, pfn: int) -> Page:
         int(m.pgoff[0]) if m.file[0] else 0, int(m.vm[0]), int(m.gfn[0]), private,
         bool(m.mapped[0]), m.state_names[int(m.state[0])],
         STORED_NAMES[Stored(host.stored.at(pfn))],
-        references, pins, cached, tuple(core.ledger.holders_longterm(pfn)),
+        references, pins, cached, core.ledger.holders(pfn),
         _why_unmovable(core, pfn, references + pins * PIN_BIAS, cached), bool(m.poisoned[0]),
     )  # fmt: skip
 

@@ -71,27 +71,28 @@ class Ledger:
 
     def forget(self, tx: Tx, holder: str) -> I64:
         """Release everything that a holder has; return the frames it held."""
-        frames = [np.empty(0, dtype=np.int64)]
-        for entry in self.entries():
-            if entry.holder != holder:
-                continue
+        held = self.frames(holder)
+        for entry in [entry for entry in self.entries() if entry.holder == holder]:
             counts = self._counts(entry)
             pfns = counts.touched(0, self._host.nframes)
             column = self._host.pins if entry.longterm else self._host.refs
             tx.put(column, pfns, column.get(pfns) - counts.get(pfns).astype(column.view.dtype))
             tx.destroy(entry.table)
             tx.drop(self._entries, entry)
-            frames.append(pfns)
-        return np.unique(np.concatenate(frames))
+        return held
 
     def holders(self, pfn: int) -> tuple[Holder, ...]:
         """Return who holds a frame, the page cache not included."""
-        return tuple(holder for holder, _ in self.holders_longterm(pfn))
-
-    def holders_longterm(self, pfn: int) -> list[tuple[Holder, bool]]:
-        """Return who holds a frame, each with whether it is a long-term pin."""
         found = ((entry, self._counts(entry).at(pfn)) for entry in self.entries())
-        return [(Holder(entry.holder, entry.purpose, n), entry.longterm) for entry, n in found if n]
+        return tuple(
+            Holder(entry.holder, entry.purpose, n, entry.longterm) for entry, n in found if n
+        )
+
+    def frames(self, holder: str) -> I64:
+        """Return the frames that a holder holds, ascending."""
+        mine = [self._counts(entry) for entry in self.entries() if entry.holder == holder]
+        held = [counts.touched(0, self._host.nframes) for counts in mine]
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *held]))
 
     def count(self, entry: Entry) -> int:
         """Return how many frames the entry holds."""

@@ -21,10 +21,12 @@ from rmemd.hooks.types import Agent
 from rmemd.model import buddy
 from rmemd.model.host import NodeRange
 from rmemd.rpc.dispatch import Call
-from rmemd.rpc.status import refusal_of
+from rmemd.rpc.status import holder_of, refusal_of
 from rmemd.units import I64, MAX_GFN, PAGE_SIZE, run_breaks
 
 MAP_RUNS_MAX = 4096
+# keeps the largest report below the 4 MiB that clients receive by default
+REPORT_RUNS_MAX = 1 << 15
 MAP_FRAMES_MAX = 1 << 20
 AGENTS: dict[int, Agent] = {
     types_pb2.AGENT_HOST_USER: Agent.HOST_USER,
@@ -253,10 +255,7 @@ def _page(page: queries.Page, revision: int) -> pb.GetPageResponse:
         pins=page.pins, expected_references=page.expected, poisoned=page.poisoned,
         movable=bool(page.file) and not page.unmovable, unmovable_reason=page.unmovable,
     )  # fmt: skip
-    for holder, longterm in page.holders:
-        reply.holders.add(
-            name=holder.name, purpose=holder.purpose, count=holder.count, longterm=longterm
-        )
+    reply.holders.extend(map(holder_of, page.holders))
     return reply
 
 
@@ -265,7 +264,8 @@ def _report(report: Report) -> pb.MoveReport:
         moved=report.count(Outcome.MOVED), unmovable=report.count(Outcome.UNMOVABLE),
         busy=report.count(Outcome.BUSY), failed=report.count(Outcome.FAILED),
     )  # fmt: skip
-    for move in report.moves:
+    # first what was moved or may be later: of what cannot move, the count is what matters
+    for move in sorted(report.moves, key=lambda move: move.outcome is Outcome.UNMOVABLE):
         _add_runs(reply, move)
     return reply
 
@@ -274,13 +274,19 @@ def _add_runs(reply: pb.MoveReport, move: Moved) -> None:
     moved = move.outcome is Outcome.MOVED
     breaks = run_breaks(move.src, move.dst) if moved else run_breaks(move.src)
     ends = np.append(breaks[1:], move.src.size)
-    for at, end in zip(breaks.tolist(), ends.tolist(), strict=True):
+    room = max(REPORT_RUNS_MAX - len(reply.runs), 0)
+    reply.left_off_runs += max(breaks.size - room, 0)
+    for at, end in zip(breaks[:room].tolist(), ends[:room].tolist(), strict=True):
         run = reply.runs.add(
             src_pfn=int(move.src[at]), dst_pfn=int(move.dst[at]), npages=end - at,
             outcome=int(move.outcome), vm=move.vm, gfn=int(move.gfns[at]),
         )  # fmt: skip
-        if move.refusal is not None:
+        if move.refusal is not None and at == 0:
             run.refusal.CopyFrom(refusal_of(move.refusal))
+        elif move.refusal is not None:
+            # the whole story once; its neighbours name the reason and the holders
+            run.refusal.reason = move.refusal.reason.name
+            run.refusal.holders.extend(map(holder_of, move.refusal.details.holders))
 
 
 def _accounts(core: Core, vm: int) -> pb.GetAccountingResponse:

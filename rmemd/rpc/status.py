@@ -18,7 +18,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from rmem.v1 import types_pb2
-from rmemd.errors import Kind, RmemError
+from rmemd.errors import Holder, Kind, RmemError
 
 DOMAIN = "rmemd"
 # A status travels in trailing metadata, of which clients take 8 KiB by default; what a client sent
@@ -65,9 +65,15 @@ def refusal_of(refusal: RmemError, revision: int = 0) -> types_pb2.Refusal:
         message.progress_pages = d.progress_pages
     if d.error_offset is not None:
         message.error_offset_bytes = d.error_offset
-    for holder in d.holders:
-        message.holders.add(name=holder.name, purpose=holder.purpose, count=holder.count)
+    message.holders.extend(map(holder_of, d.holders))
     return message
+
+
+def holder_of(holder: Holder) -> types_pb2.Holder:
+    """Return a holder as a message."""
+    return types_pb2.Holder(
+        name=holder.name, purpose=holder.purpose, count=holder.count, longterm=holder.longterm
+    )
 
 
 def info(refusal: RmemError, correlation: str) -> error_details_pb2.ErrorInfo:

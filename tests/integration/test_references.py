@@ -94,7 +94,7 @@ def test_step_5_an_extra_reference_is_named(engine: Engine) -> None:
     report = engine.migrate([pfn])
     assert report.moves[0].refusal.reason is FOLIO_BUSY
     assert [str(h) for h in report.moves[0].refusal.details.holders] == [
-        f"device/1 pin {handle} (DMA: 1)"
+        f"device/1 pin {handle} (DMA, pins: 1)"
     ]
     engine.unpin(handle)
     assert engine.migrate([pfn]).count(Outcome.MOVED) == 1
@@ -134,11 +134,25 @@ def test_step_6_failed_removal_keeps_the_hold_and_leaks_the_page(engine: Engine)
     guest.punch(0)
     page = engine.page(pfn)[1]
     assert (page.references, page.pins) == (1, 0)
-    assert [(holder.purpose, holder.count) for holder, _ in page.holders] == [("secure EPT", 1)]
+    assert [(holder.purpose, holder.count) for holder in page.holders] == [("secure EPT", 1)]
     assert page.use is not Use.FREE
     with pytest.raises(RmemError, match="bugged"):
         guest.fault(1)
     engine.destroy_vm(guest.vm)
+    assert engine.page(pfn)[1].use is Use.LEAKED
+    assert check(engine.core) == []
+
+
+def test_step_6_a_page_that_its_file_still_has_is_leaked_when_the_file_goes(
+    engine: Engine,
+) -> None:
+    guest, pfn = _mapped(engine, "tdx-2022")
+    engine.add_fault_rule(guest.vm, "TDH_MEM_PAGE_REMOVE", "TDX_OPERAND_BUSY", nth=1, times=2)
+    guest.convert(0, 1, private=False)
+    engine.destroy_vm(guest.vm)
+    assert _counts(engine, pfn) == (2, 0)
+    engine.close_file(guest.file)
+    assert engine.page(pfn)[1].use is not Use.FREE
     assert check(engine.core) == []
 
 

@@ -28,12 +28,15 @@ TOTALS = ["moved", "unmovable", "busy", "failed"]
 def report_parts(report: host_pb2.MoveReport) -> list[Part]:
     """Return a report as a table of runs, what to try per reason, and the totals."""
     totals = ", ".join(f"{getattr(report, name)} {name}" for name in TOTALS)
+    if report.left_off_runs:
+        totals += f"; {report.left_off_runs} more runs are not listed"
     return [Table(COLUMNS, report.runs), Facts(remedies(report)), f"pages: {totals}"]
 
 
 def remedies(report: host_pb2.MoveReport) -> list[tuple[str, str]]:
     """Return each reason once, with what to try."""
-    return list({run.refusal.reason: run.refusal.remedy for run in report.runs}.items())
+    said = (run.refusal for run in report.runs if run.refusal.remedy)
+    return list({refusal.reason: refusal.remedy for refusal in said}.items())
 
 
 def holders_text(holders: list[types_pb2.Holder]) -> str:

@@ -784,7 +784,7 @@ class MoveRun(_message.Message):
     """First guest frame, -1 if not bound."""
     @_builtins.property
     def refusal(self) -> _types_pb2.Refusal:
-        """Why not moved."""
+        """Why not moved: whole on the first of the runs that it is about, reason and holders on others."""
 
     def __init__(
         self,
@@ -816,6 +816,7 @@ class MoveReport(_message.Message):
     UNMOVABLE_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
+    LEFT_OFF_RUNS_FIELD_NUMBER: _builtins.int
     moved: _builtins.int
     """Pages moved."""
     unmovable: _builtins.int
@@ -824,6 +825,8 @@ class MoveReport(_message.Message):
     """Pages somebody holds."""
     failed: _builtins.int
     """Pages that failed."""
+    left_off_runs: _builtins.int
+    """Runs that were left off because the reply would be too large; the counts are complete."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MoveRun]:
         """Page by page, as runs."""
@@ -836,10 +839,11 @@ class MoveReport(_message.Message):
         unmovable: _builtins.int = ...,
         busy: _builtins.int = ...,
         failed: _builtins.int = ...,
+        left_off_runs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "failed", b"failed", "moved", b"moved", "runs", b"runs", "unmovable", b"unmovable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "failed", b"failed", "left_off_runs", b"left_off_runs", "moved", b"moved", "runs", b"runs", "unmovable", b"unmovable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1262,7 +1266,7 @@ class FaultRule(_message.Message):
     rule: _builtins.int
     """Its handle."""
     vm: _builtins.int
-    """The VM, 0 for any."""
+    """The VM, 0 for any. A platform's own points (when frames are freed) are passed as VM 0."""
     point: _builtins.str
     """The point: an op ("map", "migrate_folio"), the engine's "lost_race", or a vendor's leaf."""
     error: _builtins.str
