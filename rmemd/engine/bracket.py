@@ -17,6 +17,7 @@ from rmemd.engine.core import Core
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs, Why
 from rmemd.model.files import RestrictedFile
+from rmemd.model.host import KEPT
 from rmemd.model.ledger import Entry
 from rmemd.model.vms import Vm
 from rmemd.units import I64
@@ -88,8 +89,12 @@ def pin_entries(core: Core, vm: Vm) -> list[Entry]:
 
 
 def _unpin(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:
-    kept = core.consumer(vm).call(tx, "unpin", runs)
-    pfns: I64 = runs.pfns()[~np.asarray(kept)]
+    kept = np.asarray(core.consumer(vm).call(tx, "unpin", runs), dtype=np.bool_)
+    every = runs.pfns()
+    flags = core.host.flags.get(every)
+    marked = np.where(kept, flags | KEPT, flags & ~KEPT)
+    tx.put(core.host.flags, every[marked != flags], marked[marked != flags])
+    pfns: I64 = every[~kept]
     for entry in pin_entries(core, vm):
         frames.drop(core, tx, entry, pfns[core.ledger.held(entry, pfns)])
 

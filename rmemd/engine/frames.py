@@ -13,7 +13,7 @@ from rmemd.errors import HW_POISON
 from rmemd.hooks.tx import Tx
 from rmemd.model import buddy
 from rmemd.model.files import RestrictedFile
-from rmemd.model.host import ARENA, POISON, Stored, Use
+from rmemd.model.host import ARENA, KEPT, POISON, Stored, Use
 from rmemd.model.ledger import Entry
 from rmemd.units import I64, Bools
 
@@ -120,6 +120,8 @@ def free_frames(core: Core, tx: Tx, pfns: I64) -> None:
     for platform in core.registry.platforms.values():
         if platform.ops.free is not None:
             refused |= platform.call(tx, 0, "free", pfns)
+    # a reference that was never dropped: put_page() is not called after a failed removal
+    refused |= (host.flags.get(pfns) & KEPT) != 0
     leak(core, tx, pfns[refused])
     freed = pfns[~refused]
     flags = host.flags.get(freed)

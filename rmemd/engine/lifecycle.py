@@ -100,7 +100,7 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
                 _unbind(core, tx, vm, slot)
             consumer = core.consumer(vm)
             consumer.platform.call(tx, number, "destroy_consumer", ..., consumer.made)
-            _leak_kept(core, tx, vm)
+            frames.free_orphans(core, tx, core.ledger.forget(tx, vm.info.label))
             if number in core.host.vm_keys:
                 tx.drop(core.host.vm_keys, number)
             core.vms.destroy(tx, number)
@@ -111,19 +111,6 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
     for file in (yield from core.unit(one)):
         yield from memory.close(core, file)
     yield from core.scrub()
-
-
-def _leak_kept(core: Core, tx: Tx, vm: Vm) -> None:
-    """What the VM still holds, its vendor could not take out of its tables: it never comes back.
-
-    A frame that a file still owns stays held by the VM that is gone; one without is leaked.
-    Source: pkvm.md §7 step 6'; put_page() is never called after a failed TDH.MEM.PAGE.REMOVE.
-    """
-    kept = core.ledger.frames(vm.info.label)
-    owned = core.host.owner.get(kept) != 0
-    frames.leak(core, tx, kept[~owned])
-    if not owned.any():
-        core.ledger.forget(tx, vm.info.label)
 
 
 def create_vcpu(core: Core, number: int, index: int) -> Steps[None]:

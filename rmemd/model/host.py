@@ -46,6 +46,7 @@ class Stored(IntEnum):
 
 POISON = np.uint8(1)
 ARENA = np.uint8(2)
+KEPT = np.uint8(4)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Host:
         owner: uint32 file that owns the frame, 0 for none.
         pgoff: int64 page of that file.
         use: uint8 ``Use``.
-        flags: uint8 POISON | ARENA (the arena holds a page there, of whatever worth).
+        flags: uint8 POISON | ARENA (the arena holds a page there, of whatever worth) | KEPT (a
+            vendor could not take it out of its tables: it is leaked when it would be freed).
         stored: uint8 ``Stored``.
         key: uint32 key that the bytes are under, 0 for none.
         mac: uint32 integrity code of the bytes, meaningful under a key with integrity.

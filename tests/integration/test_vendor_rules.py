@@ -143,3 +143,15 @@ def test_allocation_before_the_fault_changes_nothing_for_the_guest(engine: Engin
     guest.accept(0, 4)
     guest.write(0, 4, seed=9)
     assert guest.holds(0, 4, seed=9)
+
+
+@pytest.mark.parametrize("consumer", ["pkvm-today", "pkvm-gmem"])
+def test_a_guest_that_shared_pages_gives_every_frame_back(engine: Engine, consumer: str) -> None:
+    free = engine.core.host.counts()
+    guest = Guest(engine, consumer)
+    guest.write(0, 4, seed=1)
+    assert guest.run(guest.do(Opcode.SHARE, 1, 2)).vcpu.call_status == 0
+    engine.destroy_vm(guest.vm)
+    engine.close_file(guest.file)
+    assert engine.core.host.counts() == free
+    assert invariants.check(engine.core) == []
