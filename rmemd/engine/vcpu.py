@@ -59,10 +59,7 @@ def set_programme(
     """Give a vCPU a programme; it begins at the first instruction."""
     yield from ()
     check(programme)
-    vm = core.vms.alive(number)
-    vcpu = vm.vcpu(index)
-    if (number, index) in core.running:
-        raise VCPU_BUSY(f"vCPU {index} of {vm.info.label} is running", state="running")
+    vm, vcpu = _at_rest(core, number, index)
     with core.tx("set programme") as tx:
         fresh = Vcpu(index, programme, lazy_accept, inside=vcpu.inside)
         tx.set(vm.vcpus, index, fresh)
@@ -77,10 +74,7 @@ def run(
     cancelled: Callable[[], bool],
 ) -> Steps[Exited]:
     """Run a vCPU until the guest exits."""
-    vm = core.vms.alive(number)
-    vm.vcpu(index)
-    if (number, index) in core.running:
-        raise VCPU_BUSY(f"vCPU {index} of {vm.info.label} is running", state="running")
+    _at_rest(core, number, index)
     core.running.add((number, index))
     try:
         return (yield from _run(core, number, index, answer, max_instructions, cancelled))
@@ -89,6 +83,14 @@ def run(
         raise
     finally:
         core.running.discard((number, index))
+
+
+def _at_rest(core: Core, number: int, index: int) -> tuple[Vm, Vcpu]:
+    vm = core.vms.alive(number)
+    vcpu = vm.vcpu(index)
+    if (number, index) in core.running:
+        raise VCPU_BUSY(f"vCPU {index} of {vm.info.label} is running", state="running")
+    return vm, vcpu
 
 
 def _run(

@@ -128,6 +128,18 @@ class Space:
         self.tables: dict[str, Table] = {}
         self.holders: list[Any] = []
 
+    def sparse(self, name: str) -> Sparse:
+        """Return a sparse table."""
+        table = self.tables[name]
+        assert isinstance(table, Sparse), name
+        return table
+
+    def records(self, name: str) -> Records:
+        """Return a table of records."""
+        table = self.tables[name]
+        assert isinstance(table, Records), name
+        return table
+
     def apply(self, write: Write) -> Write:
         """Apply one write and return its inverse."""
         if write.table:

@@ -110,7 +110,7 @@ class Tx:
 
     def next_id(self, counter: str) -> int:
         """Return the next number of a counter, from 1: a handle that is never used again."""
-        counters: Any = self.space.tables[COUNTERS]
+        counters = self.space.records(COUNTERS)
         number: int = counters.get(counter, 0) + 1
         self.set(counters, counter, number)
         return number
@@ -245,13 +245,13 @@ class HookTx:
     def new_key(self, *, plain: bool = False, integrity: bool = False) -> int:
         """Make a fresh memory key and return its id."""
         key_id = self._tx.next_id("key")
-        keys: Any = self._tx.space.tables[KEYS]
+        keys = self._tx.space.records(KEYS)
         self._tx.set(keys, key_id, KeySpec(key_id, f"vm/{self._vm}", plain, integrity))
         return key_id
 
     def use_key(self, key_id: int) -> None:
         """Have the VM's private accesses go through this key from now on."""
-        vm_keys: Any = self._tx.space.tables[VM_KEYS]
+        vm_keys = self._tx.space.records(VM_KEYS)
         self._tx.set(vm_keys, self._vm, key_id)
 
     def copy_in(self, pfns: I64, key_id: int, rows: U8) -> None:

@@ -8,7 +8,6 @@ state, and ``attributes`` (of the file, as in Linux) says which.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -66,12 +65,12 @@ class RestrictedFile:
 
     def __init__(self, space: Space, info: FileInfo) -> None:
         self.info = info
-        self.frames = _sparse(space, f"file/{info.file}/frames")
-        self.shared = _sparse(space, f"file/{info.file}/shared")
-        self.attributes = _sparse(space, f"file/{info.file}/attributes")
-        self.policy = _sparse(space, f"file/{info.file}/policy")
-        self.policies = _records(space, f"file/{info.file}/policies")
-        self.bindings = _records(space, f"file/{info.file}/bindings")
+        self.frames = space.sparse(f"file/{info.file}/frames")
+        self.shared = space.sparse(f"file/{info.file}/shared")
+        self.attributes = space.sparse(f"file/{info.file}/attributes")
+        self.policy = space.sparse(f"file/{info.file}/policy")
+        self.policies = space.records(f"file/{info.file}/policies")
+        self.bindings = space.records(f"file/{info.file}/bindings")
 
     def half(self, private: bool) -> Sparse:
         """Return the table of frames that serves pages of this state."""
@@ -161,15 +160,3 @@ class Files:
     def unbind(self, tx: Tx, file: RestrictedFile, vm: int, slot: int) -> None:
         """Take a slot's range back."""
         tx.drop(file.bindings, (vm, slot))
-
-
-def _sparse(space: Space, name: str) -> Sparse:
-    table: Any = space.tables[name]
-    assert isinstance(table, Sparse)
-    return table
-
-
-def _records(space: Space, name: str) -> Records:
-    table: Any = space.tables[name]
-    assert isinstance(table, Records)
-    return table

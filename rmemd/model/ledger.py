@@ -116,6 +116,4 @@ class Ledger:
         return [entry for entry, _ in self._entries.items()]
 
     def _counts(self, entry: Entry) -> Sparse:
-        table: Any = self._space.tables[entry.table]
-        assert isinstance(table, Sparse)
-        return table
+        return self._space.sparse(entry.table)

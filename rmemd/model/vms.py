@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from rmemd.errors import NO_SUCH_VCPU, NO_SUCH_VM, VM_DEAD, VM_FROZEN
-from rmemd.hooks.tables import Records, Space, Sparse, TableSpec
+from rmemd.hooks.tables import Records, Space, TableSpec
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs
 from rmemd.units import I64, Bools
@@ -103,11 +103,11 @@ class Vm:
     def __init__(self, space: Space, info: VmInfo) -> None:
         self.info = info
         prefix = f"vm/{info.vm}/"
-        self.attributes = _sparse(space, prefix + "attributes")
-        self.mirror = _sparse(space, prefix + "mirror")
-        self.slotmap = _sparse(space, prefix + "slotmap")
-        self.slots = _records(space, prefix + "slots")
-        self.vcpus = _records(space, prefix + "vcpus")
+        self.attributes = space.sparse(prefix + "attributes")
+        self.mirror = space.sparse(prefix + "mirror")
+        self.slotmap = space.sparse(prefix + "slotmap")
+        self.slots = space.records(prefix + "slots")
+        self.vcpus = space.records(prefix + "vcpus")
 
     def slot_at(self, gfn: int) -> Slot | None:
         """Return the slot that covers a guest frame."""
@@ -214,15 +214,3 @@ class Vms:
     def all(self) -> list[Vm]:
         """Return every VM, oldest first."""
         return [Vm(self._space, info) for _, info in self._info.items()]
-
-
-def _sparse(space: Space, name: str) -> Sparse:
-    table: Any = space.tables[name]
-    assert isinstance(table, Sparse)
-    return table
-
-
-def _records(space: Space, name: str) -> Records:
-    table: Any = space.tables[name]
-    assert isinstance(table, Records)
-    return table
