@@ -13,10 +13,11 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
+from rmemd.engine.fairlock import FairLock
 from rmemd.engine.faultrules import FaultRules
 from rmemd.engine.journal import Journal
 from rmemd.errors import NO_SUCH_VM
@@ -86,7 +87,12 @@ class _Ranges:
 
 
 class Core:
-    """State, stores and the rules by which they are changed."""
+    """State, stores and the rules by which they are changed.
+
+    Attributes:
+        hold: told of each step between two transactions; a test holds operations there.
+        breathe: called in a pause, without the lock; the daemon lets other threads in there.
+    """
 
     def __init__(self, options: Options, guard: Guard) -> None:
         self.options = options
@@ -98,7 +104,8 @@ class Core:
         self.running: set[tuple[int, int]] = set()
         self.draining = False
         self.hold: Callable[[str], None] | None = None
-        self._changed = threading.Condition(threading.RLock())
+        self.breathe: Callable[[], None] = lambda: None
+        self._changed = threading.Condition(cast("threading.RLock", FairLock()))
         self._ranges: dict[tuple[str, int], _Ranges] = {}
         self._scrub: list[I64] = []
         self._shared: dict[int, Memfd] = {}
@@ -156,6 +163,8 @@ class Core:
                         self.hold(step.name)
                     if step.work is not None:
                         step.work()
+                    else:
+                        self.breathe()
         except Exception as error:
             return steps.throw(error)
         return steps.send(None)

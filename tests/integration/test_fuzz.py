@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from rpc_world import PAGE, World, whole_state
 
 ALL = sorted(METHODS)
-EXAMPLES = int(os.environ.get("RMEMD_FUZZ_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("RMEMD_FUZZ_EXAMPLES", "20"))
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION,
