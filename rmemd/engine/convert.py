@@ -100,7 +100,7 @@ def _set_range(core: Core, number: int, start: int, npages: int, private: bool) 
     core.require_idle("vm", number, start, npages)
     with core.tx("set attributes") as tx:
         slots = _slots(vm, start, npages)
-        views = [View(vm, start, npages)] if slots else []
+        views = [View(vm, start, npages, zapped=not private)] if slots else []
         for slot in slots:
             if core.files.exists(slot.file):
                 lo, hi = max(slot.gfn, start), min(slot.gfn + slot.npages, start + npages)
@@ -144,7 +144,6 @@ def convert_file(
         )  # fmt: skip
     done = yield from core.unit(lambda: _convert_by_host(core, number, start, npages, private))
     yield from discard(core, number, start, npages, private, done)
-    yield from core.scrub()
     return done
 
 

@@ -123,7 +123,7 @@ class Core:
     def run(self, operation: Callable[[], Steps[T]]) -> T:
         """Run an operation to its end and return its result."""
         with self._changed:
-            steps = operation()
+            steps = self.and_scrub(operation)
             try:
                 step = next(steps)
                 while True:
@@ -134,6 +134,16 @@ class Core:
             finally:
                 steps.close()
                 self._changed.notify_all()
+
+    def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
+        """Run an operation, then give back what it freed, even if it was refused in the end."""
+        try:
+            result = yield from operation()
+        except Exception:
+            yield from self.scrub()
+            raise
+        yield from self.scrub()
+        return result
 
     def read(self, query: Callable[[], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""

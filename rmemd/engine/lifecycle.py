@@ -110,7 +110,6 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
 
     for file in (yield from core.unit(one)):
         yield from memory.close(core, file)
-    yield from core.scrub()
 
 
 def create_vcpu(core: Core, number: int, index: int) -> Steps[None]:

@@ -172,7 +172,6 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
         there = core.shared_memory(file).present(start, npages)
         with core.in_progress("file", number, start, npages):
             yield Step("punch: shared", work=partial(core.shared_memory(file).punch, there))
-    yield from core.scrub()
     return int(present.size)
 
 
@@ -196,7 +195,6 @@ def close(core: Core, number: int) -> Steps[int]:
 
     freed = yield from core.unit(one)
     core.forget_shared_memory(number)
-    yield from core.scrub()
     return freed
 
 
@@ -337,7 +335,6 @@ def unpin(core: Core, handle: int) -> Steps[None]:
             tx.emit("unpinned", pin=handle)
 
     yield from core.unit(one)
-    yield from core.scrub()
 
 
 def byte_range(file: RestrictedFile, offset: int, length: int) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def test_an_operation_waits_for_bytes_on_their_way(engine: Engine, name: str) ->
         if step != "populate" or waiting:
             return
         assert core.space.holders
-        one = steps()
+        one = core.and_scrub(steps)
         waiting.append(one)
         at = next(one)
         while not at.wait:
