@@ -22,14 +22,20 @@ from rmemd.model.ledger import Entry
 from rmemd.model.vms import Vm
 from rmemd.units import I64
 
+NOTHING = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class View:
-    """A range of guest frames of one VM."""
+    """A range of guest frames of one VM; ``zapped`` says whose mappings go, None for all.
+
+    A conversion leaves what has the wanted state already as it is (Linux's attr_filter).
+    """
 
     vm: Vm
     gfn: int
     npages: int
+    zapped: bool | None = None
 
 
 def views_of(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> list[View]:
@@ -68,6 +74,10 @@ def unmap(core: Core, tx: Tx, view: View, why: Why) -> Runs:
     """Take what a view maps out of vendor and mirror; return the private runs that it had."""
     core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     private, shared = view.vm.mapped(view.gfn, view.npages)
+    if view.zapped is True:
+        shared = Runs.of_pages(NOTHING, NOTHING)
+    elif view.zapped is False:
+        private = Runs.of_pages(NOTHING, NOTHING)
     consumer = core.consumer(view.vm)
     consumer.call(tx, "invalidate_start", private, why)
     core.invalidated(view.vm.info.vm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import pluggy
@@ -126,8 +127,13 @@ def _compile(
     return table
 
 
+@cache
+def _parameters(spec: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(spec).parameters)
+
+
 def _check_signature(function: Callable[..., Any], spec: Callable[..., Any], where: str) -> None:
-    expected = list(inspect.signature(spec).parameters)[1:]
+    expected = _parameters(spec)[1:]
     found = list(inspect.signature(function).parameters)
     if found != expected:
         raise PLUGIN_INVALID(
