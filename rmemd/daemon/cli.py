@@ -6,6 +6,7 @@ cannot create, 75 another daemon serves the directory, 77 unsafe directory.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ import click
 
 from rmemd.daemon import logs
 from rmemd.daemon.sockets import AlreadyServed, UnsafeDirectory, default_socket_dir
-from rmemd.units import PAGE_SIZE, PMD_PAGES
 
 EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM = 73, 75, 77
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -81,6 +81,11 @@ def serve(
     log_json: bool | None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once."""
+    # Start-up only adds objects, and all of them stay: nothing to collect now, nor to go over later
+    gc.disable()
+    # imported here, so that --help is answered without NumPy and gRPC
+    from rmemd.units import PAGE_SIZE, PMD_PAGES
+
     if not nodes * PMD_PAGES * PAGE_SIZE <= host_memory <= MEMORY_MAX:
         raise click.UsageError("--host-memory is 2M a node at least, and 16T at most")
     if not -(1 << 63) <= seed < 1 << 63:
@@ -96,7 +101,7 @@ def serve(
     try:
         daemon = Daemon(settings)
         os.umask(0o177)
-        _on_signals(daemon.stop)
+        _on_signals(daemon.stop, daemon.wakeup_fd)
         daemon.start(ready_fd)
     except AlreadyServed as error:
         _fail(error, EX_TEMPFAIL)
@@ -105,14 +110,18 @@ def serve(
     except (OSError, RuntimeError) as error:
         _fail(error, EX_CANTCREAT)
     else:
+        gc.freeze()
+        gc.enable()
         daemon.wait()
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+def _on_signals(stop: Callable[[], None], wakeup_fd: int) -> None:
     def handle(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
         stop()
 
+    signal.set_wakeup_fd(wakeup_fd)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
 

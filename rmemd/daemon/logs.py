@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 
-import structlog
-
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 
 
 def configure(level: str, as_json: bool | None = None) -> None:
     """Set structlog up; ``as_json`` None means JSON unless stderr is a tty."""
+    # imported here, so that --help is answered without it
+    import structlog
+
     if as_json is None:
         as_json = not sys.stderr.isatty()
     # tracebacks without local variables: those of a guest access are its plaintext

@@ -7,7 +7,7 @@ Source: restrictedmem.md §2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -171,7 +171,7 @@ def _convert_by_host(
     file = core.files.get(number)
     if file.attributes.equals(start, npages, int(private)):
         return Converted(0, "")
-    views = views_of(core, file, start, npages)
+    views = [replace(v, zapped=not private) for v in views_of(core, file, start, npages)]
     for view in views:
         core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     with core.tx("convert in place") as tx:

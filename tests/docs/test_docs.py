@@ -206,6 +206,25 @@ def test_the_bench_example_runs(toy: dict[str, Any]) -> None:
     exec(compile(code, "docs/hooks.md", "exec"), toy)
 
 
+def test_the_kit_example_runs() -> None:
+    [code] = blocks("python kit")
+    exec(compile(code, "docs/hooks.md", "exec"), {})
+
+
+def test_every_rule_of_the_kit_is_in_its_table() -> None:
+    kit = [ROOT / "rmemd" / "testing" / name for name in ("conformance.py", "recorder.py")]
+    kit.append(ROOT / "rmemd" / "testing" / "guestmodel.py")
+    text = "".join(map(read, kit))
+    used = set(re.findall(r'(?:found|wrong)\(\s*"(\w+)"|yield "(\w+)", f?"', text))
+    rules = {one or other for one, other in used}
+    section = read(ROOT / "docs" / "hooks.md").partition("## From the template")[2]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
+    )
+    assert len(rules) > 9
+    assert rules - named == set()
+
+
 def test_the_examples_work(toy: dict[str, Any]) -> None:
     hooks, bench = rmemd.hooks, HookBench(toy["ToyPlatform"](), "toy", nframes=64)
     vm = bench.make_vm("toy")

@@ -1,30 +1,37 @@
-"""Python client library of rmemd: ``Client``, typed errors, watches and packed records."""
+"""Python client library of rmemd: ``Client``, typed errors, watches and packed records.
 
-from .client import Client
-from .errors import (
-    AlreadyExists,
-    Busy,
-    Cancelled,
-    DaemonUnreachable,
-    DeadlineExceeded,
-    Denied,
-    Exhausted,
-    FailedPrecondition,
-    Holder,
-    InvalidArgument,
-    NotFound,
-    NotServed,
-    OutOfRange,
-    PluginFault,
-    Poisoned,
-    Refused,
-    RmemError,
-    Unavailable,
-    Unsupported,
-)
-from .packed import Frames, Range, pack_ranges, unpack_frames, unpack_ranges
-from .paths import default_socket_dir
-from .watch import Event, Lost, Progress, Watch, WatchItem
+The names are imported when they are first used: pytest loads ``rmem_client.pytest_plugin`` in
+every run, and must not pay for gRPC in those that use none of it.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .errors import (
+        AlreadyExists,
+        Busy,
+        Cancelled,
+        DaemonUnreachable,
+        DeadlineExceeded,
+        Denied,
+        Exhausted,
+        FailedPrecondition,
+        Holder,
+        InvalidArgument,
+        NotFound,
+        NotServed,
+        OutOfRange,
+        PluginFault,
+        Poisoned,
+        Refused,
+        RmemError,
+        Unavailable,
+        Unsupported,
+    )
+    from .packed import Frames, Range, pack_ranges, unpack_frames, unpack_ranges
+    from .paths import default_socket_dir
+    from .watch import Event, Lost, Progress, Watch, WatchItem
 
 __all__ = [
     "AlreadyExists",
@@ -59,3 +66,16 @@ __all__ = [
     "unpack_frames",
     "unpack_ranges",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import what ``__all__`` names from the module that has it."""
+        from importlib import import_module
+
+        if name in __all__:
+            for home in ("paths", "packed", "errors", "watch", "client"):
+                module = import_module(f"{__name__}.{home}")
+                if hasattr(module, name):
+                    return globals().setdefault(name, getattr(module, name))
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
