@@ -12,7 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-PROJECTS := $(patsubst %/pyproject.toml,%,$(sort $(wildcard protos/pyproject.toml plugins/*/pyproject.toml clients/*/pyproject.toml)))
+# plugins/template is there to be copied, not to be installed: its test installs it for itself
+PROJECTS := $(filter-out plugins/template,$(patsubst %/pyproject.toml,%,$(sort $(wildcard protos/pyproject.toml plugins/*/pyproject.toml clients/*/pyproject.toml))))
 
 # run a command, print its output only when it fails
 define quietly

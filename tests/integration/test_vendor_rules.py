@@ -95,6 +95,18 @@ def test_tdx_rule_08_accept_zeroes_whatever_the_page_held(engine: Engine) -> Non
     assert (exited.reason, exited.vcpu.mismatched) == (Exit.HLT, 0)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_conversion_leaves_the_pages_that_are_so_already(engine: Engine, in_place: bool) -> None:
+    """KVM zaps what has the old attribute only; a TD would lose a page that is removed."""
+    guest = Guest(engine, "tdx-today", in_place=in_place)
+    guest.fill(0, 4, seed=1)
+    guest.convert(1, 1, private=False)
+    guest.convert(0, 4, private=True)
+    assert guest.holds(0, 1, seed=1)
+    assert guest.holds(2, 2, seed=1)
+    assert int(guest.pfns(1)[0]) < 0
+
+
 def test_tdx_rule_07_an_unaccepted_page_with_ve_disabled_kills_the_vm() -> None:
     engine = make_engine()
     guest = Guest(engine, "tdx-today", config={"sept_ve_disable": "1"})

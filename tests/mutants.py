@@ -1,0 +1,135 @@
+"""Broken consumers: the template, with one mistake each, for the conformance kit to find.
+
+Each class is a platform; import the module with plugins/template on the path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from rmemd.hooks import AccessAnswer, Content, PageStates, Variant, Why, hookimpl
+from rmemd_template import MAPPED, NONE, TemplateGuest, TemplatePlatform
+
+
+class _Mutant(TemplatePlatform):
+    guest: type[TemplateGuest] = TemplateGuest
+
+    @hookimpl
+    def variants(self) -> Any:
+        return [Variant("mutant", "the template with a mistake")]
+
+    @hookimpl
+    def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
+        key = tx.new_key()
+        tx.use_key(key)
+        return self.guest(vm, self.owners, key)
+
+
+class ForgetsToRelocate(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def migrate_folio(self, tx: Any, gfns: Any, src: Any, dst: Any) -> None:
+            tx.put(self.owners, dst, self.owners.get(src))
+            tx.put(self.owners, src, 0)
+
+
+class CopiesRaw(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def migrate_folio(self, tx: Any, gfns: Any, src: Any, dst: Any) -> None:
+            tx.relocate(src, dst, 0)
+            tx.put(self.owners, dst, self.owners.get(src))
+            tx.put(self.owners, src, 0)
+
+
+class KeepsWhatWasPunched(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def invalidate_start(self, tx: Any, runs: Any, why: Why) -> None:
+            tx.put(self.entries, runs.gfns(), MAPPED if why is Why.PUNCH else NONE)
+
+
+class AllowsEverything(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def guest_access(self, tx: Any, vcpu: Any, runs: Any, write: Any) -> AccessAnswer:
+            return AccessAnswer(np.zeros(runs.total, dtype=np.uint8))
+
+
+class LiesInItsStates(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def page_state(self, gfns: Any, pfns: Any) -> PageStates:
+            return PageStates(np.zeros(gfns.size + 1, dtype=np.uint8), ("mapped",))
+
+
+class ChangesItsKey(_Mutant):
+    """With each conversion the guest gets another key, and loses what is under the old one."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def convert(self, tx: Any, runs: Any, to_private: Any) -> Content:
+            if to_private:
+                tx.use_key(tx.new_key())
+            return Content.ZERO
+
+
+class MakesNoiseOfPlainBytes(_Mutant):
+    """It says that nobody can read the bytes, and has no encryption."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def convert(self, tx: Any, runs: Any, to_private: Any) -> Content:
+            return Content.NOISE
+
+    @hookimpl
+    def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
+        key = tx.new_key(plain=True)
+        tx.use_key(key)
+        return self.guest(vm, self.owners, key)
+
+
+class KeepsStateInAttributes(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            self.mapped = getattr(self, "mapped", 0) + runs.total
+            tx.put(self.entries, runs.gfns(), MAPPED)
+
+
+class WritesBesideTheTransaction(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            self.entries.apply("put", (runs.gfns(), MAPPED))
+
+
+class NeverUnblocks(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def invalidate_end(self, tx: Any, runs: Any, why: Any, ok: Any) -> None:
+            if why is Why.MIGRATE and runs.total:
+                raise RuntimeError("not implemented")
+
+
+class FreesNothing(_Mutant):
+    @hookimpl
+    def free(self, tx: Any, pfns: Any) -> Any:
+        return np.ones(pfns.size, dtype=np.bool_)
+
+
+class RunsOutOfKeys(_Mutant):
+    """It counts the guests that it makes and never those that go."""
+
+    @hookimpl
+    def start(self, host: Any) -> None:
+        super().start(host)
+        self.slots = host.records("slots")
+
+    @hookimpl
+    def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
+        assert len(self.slots) < 20, "no slot is left"
+        tx.set(self.slots, vm.vm, True)
+        return super().make_consumer(vm, tx, variant, config)
