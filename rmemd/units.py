@@ -41,11 +41,6 @@ def bytes_to_pages(value_bytes: int) -> int:
     return value_bytes >> PAGE_SHIFT
 
 
-def pages_to_bytes(npages: int) -> int:
-    """Convert pages to bytes."""
-    return npages << PAGE_SHIFT
-
-
 def pages(start: int, npages: int) -> I64:
     """Return the page numbers ``start .. start+npages`` as int64, shape (npages,)."""
     return np.arange(start, start + npages, dtype=np.int64)
