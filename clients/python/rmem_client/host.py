@@ -155,7 +155,7 @@ class Host:
         return self._connection.call(self._stub.GetAccounting, request)
 
     def add_fault(
-        self, point: str, error: str = "", *, vm: int = 0, nth: int = 1, times: int = 1
+        self, point: str, error: str = "injected", *, vm: int = 0, nth: int = 1, times: int = 1
     ) -> int:
         """Make a named point go wrong at its Nth passage; return the rule's handle.
 

@@ -38,7 +38,7 @@ def list_rules(settings: Settings) -> None:
 
 @fault.command()
 @click.argument("point")
-@click.argument("error", default="")
+@click.argument("error", default="injected")
 @click.option("--vm", type=VM, default=0, help="Only for this VM [default: any].")
 @click.option("--nth", type=int, default=1, show_default=True, help="From the Nth passage on.")
 @click.option("--times", type=int, default=1, show_default=True, help="For so many passages.")
