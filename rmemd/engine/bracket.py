@@ -20,7 +20,7 @@ from rmemd.model.files import RestrictedFile
 from rmemd.model.host import KEPT
 from rmemd.model.ledger import Entry
 from rmemd.model.vms import Vm
-from rmemd.units import I64
+from rmemd.units import I64, Bools
 
 NOTHING = np.empty(0, dtype=np.int64)
 
@@ -96,6 +96,19 @@ def pin_entry(vm: Vm, purpose: str, longterm: bool) -> Entry:
 def pin_entries(core: Core, vm: Vm) -> list[Entry]:
     """Return the entries under which a VM's consumer may hold pages (its pin op names them)."""
     return [e for e in core.ledger.entries() if e.holder == vm.info.label and e.purpose != FAULT]
+
+
+def held_by_others(core: Core, vm: Vm, pfns: I64) -> Bools:
+    """Return which frames are referenced beyond the page cache and the VM's own consumer."""
+    refs = core.host.refs.get(pfns).astype(np.int64)
+    pins = core.host.pins.get(pfns).astype(np.int64)
+    for entry in pin_entries(core, vm):
+        held = core.ledger.held(entry, pfns)
+        if entry.longterm:
+            pins -= held
+        else:
+            refs -= held
+    return (refs > 0) | (pins > 0)
 
 
 def _unpin(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from rmemd.engine import frames
-from rmemd.engine.bracket import View, in_progress, invalidating, pin_entries, views_of
+from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
 from rmemd.engine.core import Core, Step, Steps, private_key
 from rmemd.engine.memory import mark_shared
 from rmemd.errors import (
@@ -243,12 +243,7 @@ def _ask(
 
 def _require_unreferenced(core: Core, vm: Vm, pgoffs: I64, pfns: I64) -> None:
     """To private needs refcount == nr_pages + 1: nobody but the page cache and the consumer."""
-    expected_refs = np.zeros(pfns.size, dtype=np.int64)
-    expected_pins = np.zeros(pfns.size, dtype=np.int64)
-    for entry in pin_entries(core, vm):
-        held = core.ledger.held(entry, pfns)
-        (expected_pins if entry.longterm else expected_refs)[held] += 1
-    extra = (core.host.refs.get(pfns) > expected_refs) | (core.host.pins.get(pfns) > expected_pins)
+    extra = held_by_others(core, vm, pfns)
     if extra.any():
         at = int(np.flatnonzero(extra)[0])
         raise FOLIO_BUSY(

@@ -14,7 +14,7 @@ from enum import IntEnum
 import numpy as np
 
 from rmemd.engine import frames
-from rmemd.engine.bracket import in_progress, pin_entries, views_of
+from rmemd.engine.bracket import held_by_others, in_progress, views_of
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, NO_FRAMES, Kind, RmemError
 from rmemd.hooks.tx import Tx
@@ -256,15 +256,7 @@ def _busy(core: Core, file: RestrictedFile, src: I64) -> Bools:
     vm = core.vms.get(file.info.vm)
     if core.consumer(vm).ops.migrate_folio is None:
         return extra
-    refs = core.host.refs.get(src).astype(np.int64)
-    pins = core.host.pins.get(src).astype(np.int64)
-    for entry in pin_entries(core, vm):
-        held = core.ledger.held(entry, src)
-        if entry.longterm:
-            pins -= held
-        else:
-            refs -= held
-    return (refs > 0) | (pins > 0)
+    return held_by_others(core, vm, src)
 
 
 def _busy_moves(
