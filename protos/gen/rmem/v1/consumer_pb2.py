@@ -23,9 +23,10 @@ _sym_db = _symbol_database.Default()
 
 
 from rmem.v1 import types_pb2 as rmem_dot_v1_dot_types__pb2
+from rmem.v1 import vm_pb2 as rmem_dot_v1_dot_vm__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rmem/v1/consumer.proto\x12\x07rmem.v1\x1a\x13rmem/v1/types.proto\"\x16\n\x14ListConsumersRequest\"\'\n\x02Op\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bimplemented\x18\x02 \x01(\x08\"\xf9\x01\n\x08\x43onsumer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x16\n\x0eprivate_memory\x18\x04 \x01(\x08\x12)\n\x0bpersonality\x18\x05 \x01(\x0e\x32\x14.rmem.v1.Personality\x12/\n\x07options\x18\x06 \x03(\x0b\x32\x1e.rmem.v1.Consumer.OptionsEntry\x12\x18\n\x03ops\x18\x07 \x03(\x0b\x32\x0b.rmem.v1.Op\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\x06Plugin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64istribution\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bquarantined\x18\x04 \x01(\x08\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\x88\x01\n\x15ListConsumersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12$\n\tconsumers\x18\x02 \x03(\x0b\x32\x11.rmem.v1.Consumer\x12 \n\x07plugins\x18\x03 \x03(\x0b\x32\x0f.rmem.v1.Plugin\x12\x15\n\rhooks_version\x18\x04 \x01(\x05\"\x1b\n\rGetOpsRequest\x12\n\n\x02vm\x18\x01 \x01(\x03\"N\n\x0eGetOpsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x18\n\x03ops\x18\x03 \x03(\x0b\x32\x0b.rmem.v1.Op2\x9c\x01\n\x0f\x43onsumerService\x12N\n\rListConsumers\x12\x1d.rmem.v1.ListConsumersRequest\x1a\x1e.rmem.v1.ListConsumersResponse\x12\x39\n\x06GetOps\x12\x16.rmem.v1.GetOpsRequest\x1a\x17.rmem.v1.GetOpsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rmem/v1/consumer.proto\x12\x07rmem.v1\x1a\x13rmem/v1/types.proto\x1a\x10rmem/v1/vm.proto\"\x16\n\x14ListConsumersRequest\"\'\n\x02Op\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bimplemented\x18\x02 \x01(\x08\"\xf9\x01\n\x08\x43onsumer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08platform\x18\x02 \x01(\t\x12\x0f\n\x07summary\x18\x03 \x01(\t\x12\x16\n\x0eprivate_memory\x18\x04 \x01(\x08\x12)\n\x0bpersonality\x18\x05 \x01(\x0e\x32\x14.rmem.v1.Personality\x12/\n\x07options\x18\x06 \x03(\x0b\x32\x1e.rmem.v1.Consumer.OptionsEntry\x12\x18\n\x03ops\x18\x07 \x03(\x0b\x32\x0b.rmem.v1.Op\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"a\n\x06Plugin\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64istribution\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0bquarantined\x18\x04 \x01(\x08\x12\r\n\x05\x65rror\x18\x05 \x01(\t\"\x88\x01\n\x15ListConsumersResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12$\n\tconsumers\x18\x02 \x03(\x0b\x32\x11.rmem.v1.Consumer\x12 \n\x07plugins\x18\x03 \x03(\x0b\x32\x0f.rmem.v1.Plugin\x12\x15\n\rhooks_version\x18\x04 \x01(\x05\"\x1b\n\rGetOpsRequest\x12\n\n\x02vm\x18\x01 \x01(\x03\"N\n\x0eGetOpsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08\x63onsumer\x18\x02 \x01(\t\x12\x18\n\x03ops\x18\x03 \x03(\x0b\x32\x0b.rmem.v1.Op\"#\n\x12LoadPluginsRequest\x12\r\n\x05names\x18\x01 \x03(\t\"o\n\x13LoadPluginsResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12 \n\x07plugins\x18\x02 \x03(\x0b\x32\x0f.rmem.v1.Plugin\x12$\n\tconsumers\x18\x03 \x03(\x0b\x32\x11.rmem.v1.Consumer\"#\n\x13UnloadPluginRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x14UnloadPluginResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x11\n\tconsumers\x18\x02 \x03(\t\"#\n\x13ReloadPluginRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"E\n\nReloadedVm\x12\n\n\x02vm\x18\x01 \x01(\x03\x12+\n\x04swap\x18\x02 \x01(\x0b\x32\x1d.rmem.v1.SwapConsumerResponse\"u\n\x14ReloadPluginResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x18\n\x10previous_version\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12 \n\x03vms\x18\x04 \x03(\x0b\x32\x13.rmem.v1.ReloadedVm2\x80\x03\n\x0f\x43onsumerService\x12N\n\rListConsumers\x12\x1d.rmem.v1.ListConsumersRequest\x1a\x1e.rmem.v1.ListConsumersResponse\x12\x39\n\x06GetOps\x12\x16.rmem.v1.GetOpsRequest\x1a\x17.rmem.v1.GetOpsResponse\x12H\n\x0bLoadPlugins\x12\x1b.rmem.v1.LoadPluginsRequest\x1a\x1c.rmem.v1.LoadPluginsResponse\x12K\n\x0cUnloadPlugin\x12\x1c.rmem.v1.UnloadPluginRequest\x1a\x1d.rmem.v1.UnloadPluginResponse\x12K\n\x0cReloadPlugin\x12\x1c.rmem.v1.ReloadPluginRequest\x1a\x1d.rmem.v1.ReloadPluginResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONSUMER_OPTIONSENTRY']._loaded_options = None
   _globals['_CONSUMER_OPTIONSENTRY']._serialized_options = b'8\001'
-  _globals['_LISTCONSUMERSREQUEST']._serialized_start=56
-  _globals['_LISTCONSUMERSREQUEST']._serialized_end=78
-  _globals['_OP']._serialized_start=80
-  _globals['_OP']._serialized_end=119
-  _globals['_CONSUMER']._serialized_start=122
-  _globals['_CONSUMER']._serialized_end=371
-  _globals['_CONSUMER_OPTIONSENTRY']._serialized_start=325
-  _globals['_CONSUMER_OPTIONSENTRY']._serialized_end=371
-  _globals['_PLUGIN']._serialized_start=373
-  _globals['_PLUGIN']._serialized_end=470
-  _globals['_LISTCONSUMERSRESPONSE']._serialized_start=473
-  _globals['_LISTCONSUMERSRESPONSE']._serialized_end=609
-  _globals['_GETOPSREQUEST']._serialized_start=611
-  _globals['_GETOPSREQUEST']._serialized_end=638
-  _globals['_GETOPSRESPONSE']._serialized_start=640
-  _globals['_GETOPSRESPONSE']._serialized_end=718
-  _globals['_CONSUMERSERVICE']._serialized_start=721
-  _globals['_CONSUMERSERVICE']._serialized_end=877
+  _globals['_LISTCONSUMERSREQUEST']._serialized_start=74
+  _globals['_LISTCONSUMERSREQUEST']._serialized_end=96
+  _globals['_OP']._serialized_start=98
+  _globals['_OP']._serialized_end=137
+  _globals['_CONSUMER']._serialized_start=140
+  _globals['_CONSUMER']._serialized_end=389
+  _globals['_CONSUMER_OPTIONSENTRY']._serialized_start=343
+  _globals['_CONSUMER_OPTIONSENTRY']._serialized_end=389
+  _globals['_PLUGIN']._serialized_start=391
+  _globals['_PLUGIN']._serialized_end=488
+  _globals['_LISTCONSUMERSRESPONSE']._serialized_start=491
+  _globals['_LISTCONSUMERSRESPONSE']._serialized_end=627
+  _globals['_GETOPSREQUEST']._serialized_start=629
+  _globals['_GETOPSREQUEST']._serialized_end=656
+  _globals['_GETOPSRESPONSE']._serialized_start=658
+  _globals['_GETOPSRESPONSE']._serialized_end=736
+  _globals['_LOADPLUGINSREQUEST']._serialized_start=738
+  _globals['_LOADPLUGINSREQUEST']._serialized_end=773
+  _globals['_LOADPLUGINSRESPONSE']._serialized_start=775
+  _globals['_LOADPLUGINSRESPONSE']._serialized_end=886
+  _globals['_UNLOADPLUGINREQUEST']._serialized_start=888
+  _globals['_UNLOADPLUGINREQUEST']._serialized_end=923
+  _globals['_UNLOADPLUGINRESPONSE']._serialized_start=925
+  _globals['_UNLOADPLUGINRESPONSE']._serialized_end=984
+  _globals['_RELOADPLUGINREQUEST']._serialized_start=986
+  _globals['_RELOADPLUGINREQUEST']._serialized_end=1021
+  _globals['_RELOADEDVM']._serialized_start=1023
+  _globals['_RELOADEDVM']._serialized_end=1092
+  _globals['_RELOADPLUGINRESPONSE']._serialized_start=1094
+  _globals['_RELOADPLUGINRESPONSE']._serialized_end=1211
+  _globals['_CONSUMERSERVICE']._serialized_start=1214
+  _globals['_CONSUMERSERVICE']._serialized_end=1598
 # @@protoc_insertion_point(module_scope)

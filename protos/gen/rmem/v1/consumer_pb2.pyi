@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from rmem.v1 import types_pb2 as _types_pb2
+from rmem.v1 import vm_pb2 as _vm_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -261,3 +262,197 @@ class GetOpsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetOpsResponse: _TypeAlias = GetOpsResponse  # noqa: Y015
+
+@_typing.final
+class LoadPluginsRequest(_message.Message):
+    """LoadPluginsRequest loads plugins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which; none: all that are installed and not loaded."""
+
+    def __init__(
+        self,
+        *,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadPluginsRequest: _TypeAlias = LoadPluginsRequest  # noqa: Y015
+
+@_typing.final
+class LoadPluginsResponse(_message.Message):
+    """LoadPluginsResponse is what was loaded, quarantined ones included."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PLUGINS_FIELD_NUMBER: _builtins.int
+    CONSUMERS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that it made."""
+    @_builtins.property
+    def plugins(self) -> _containers.RepeatedCompositeFieldContainer[Global___Plugin]:
+        """The plugins."""
+
+    @_builtins.property
+    def consumers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Consumer]:
+        """The consumers that they offer."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        plugins: _abc.Iterable[Global___Plugin] | None = ...,
+        consumers: _abc.Iterable[Global___Consumer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "plugins", b"plugins", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoadPluginsResponse: _TypeAlias = LoadPluginsResponse  # noqa: Y015
+
+@_typing.final
+class UnloadPluginRequest(_message.Message):
+    """UnloadPluginRequest takes a plugin out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadPluginRequest: _TypeAlias = UnloadPluginRequest  # noqa: Y015
+
+@_typing.final
+class UnloadPluginResponse(_message.Message):
+    """UnloadPluginResponse ends it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CONSUMERS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that it made."""
+    @_builtins.property
+    def consumers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Consumers that are no longer offered."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        consumers: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadPluginResponse: _TypeAlias = UnloadPluginResponse  # noqa: Y015
+
+@_typing.final
+class ReloadPluginRequest(_message.Message):
+    """ReloadPluginRequest loads a plugin anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Which."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadPluginRequest: _TypeAlias = ReloadPluginRequest  # noqa: Y015
+
+@_typing.final
+class ReloadedVm(_message.Message):
+    """ReloadedVm is one VM that was swapped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    SWAP_FIELD_NUMBER: _builtins.int
+    vm: _builtins.int
+    """The VM."""
+    @_builtins.property
+    def swap(self) -> _vm_pb2.SwapConsumerResponse:
+        """What changed."""
+
+    def __init__(
+        self,
+        *,
+        vm: _builtins.int = ...,
+        swap: _vm_pb2.SwapConsumerResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["swap", b"swap"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["swap", b"swap", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadedVm: _TypeAlias = ReloadedVm  # noqa: Y015
+
+@_typing.final
+class ReloadPluginResponse(_message.Message):
+    """ReloadPluginResponse is what changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    VMS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that it made."""
+    previous_version: _builtins.str
+    """The version before."""
+    version: _builtins.str
+    """The version now."""
+    @_builtins.property
+    def vms(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReloadedVm]:
+        """The VMs that were swapped."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        previous_version: _builtins.str = ...,
+        version: _builtins.str = ...,
+        vms: _abc.Iterable[Global___ReloadedVm] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_version", b"previous_version", "revision", b"revision", "version", b"version", "vms", b"vms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReloadPluginResponse: _TypeAlias = ReloadPluginResponse  # noqa: Y015

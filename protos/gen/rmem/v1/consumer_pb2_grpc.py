@@ -45,6 +45,21 @@ class ConsumerServiceStub:
                 request_serializer=rmem_dot_v1_dot_consumer__pb2.GetOpsRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_consumer__pb2.GetOpsResponse.FromString,
                 _registered_method=True)
+        self.LoadPlugins = channel.unary_unary(
+                '/rmem.v1.ConsumerService/LoadPlugins',
+                request_serializer=rmem_dot_v1_dot_consumer__pb2.LoadPluginsRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_consumer__pb2.LoadPluginsResponse.FromString,
+                _registered_method=True)
+        self.UnloadPlugin = channel.unary_unary(
+                '/rmem.v1.ConsumerService/UnloadPlugin',
+                request_serializer=rmem_dot_v1_dot_consumer__pb2.UnloadPluginRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_consumer__pb2.UnloadPluginResponse.FromString,
+                _registered_method=True)
+        self.ReloadPlugin = channel.unary_unary(
+                '/rmem.v1.ConsumerService/ReloadPlugin',
+                request_serializer=rmem_dot_v1_dot_consumer__pb2.ReloadPluginRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_consumer__pb2.ReloadPluginResponse.FromString,
+                _registered_method=True)
 
 
 class ConsumerServiceServicer:
@@ -65,6 +80,27 @@ class ConsumerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadPlugins(self, request, context):
+        """LoadPlugins loads plugins that were installed since the daemon started.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadPlugin(self, request, context):
+        """UnloadPlugin takes a plugin out; refused while a VM uses it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadPlugin(self, request, context):
+        """ReloadPlugin loads a plugin's code anew and swaps every VM of it. Progress: ALL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ConsumerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +113,21 @@ def add_ConsumerServiceServicer_to_server(servicer, server):
                     servicer.GetOps,
                     request_deserializer=rmem_dot_v1_dot_consumer__pb2.GetOpsRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_consumer__pb2.GetOpsResponse.SerializeToString,
+            ),
+            'LoadPlugins': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadPlugins,
+                    request_deserializer=rmem_dot_v1_dot_consumer__pb2.LoadPluginsRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_consumer__pb2.LoadPluginsResponse.SerializeToString,
+            ),
+            'UnloadPlugin': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadPlugin,
+                    request_deserializer=rmem_dot_v1_dot_consumer__pb2.UnloadPluginRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_consumer__pb2.UnloadPluginResponse.SerializeToString,
+            ),
+            'ReloadPlugin': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadPlugin,
+                    request_deserializer=rmem_dot_v1_dot_consumer__pb2.ReloadPluginRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_consumer__pb2.ReloadPluginResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +185,87 @@ class ConsumerService:
             '/rmem.v1.ConsumerService/GetOps',
             rmem_dot_v1_dot_consumer__pb2.GetOpsRequest.SerializeToString,
             rmem_dot_v1_dot_consumer__pb2.GetOpsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadPlugins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.ConsumerService/LoadPlugins',
+            rmem_dot_v1_dot_consumer__pb2.LoadPluginsRequest.SerializeToString,
+            rmem_dot_v1_dot_consumer__pb2.LoadPluginsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadPlugin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.ConsumerService/UnloadPlugin',
+            rmem_dot_v1_dot_consumer__pb2.UnloadPluginRequest.SerializeToString,
+            rmem_dot_v1_dot_consumer__pb2.UnloadPluginResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadPlugin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.ConsumerService/ReloadPlugin',
+            rmem_dot_v1_dot_consumer__pb2.ReloadPluginRequest.SerializeToString,
+            rmem_dot_v1_dot_consumer__pb2.ReloadPluginResponse.FromString,
             options,
             channel_credentials,
             insecure,

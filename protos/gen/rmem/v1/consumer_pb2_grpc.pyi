@@ -37,6 +37,12 @@ class ConsumerServiceStub:
     """ListConsumers lists every plugin and consumer variant with its ops table."""
     GetOps: _grpc.UnaryUnaryMultiCallable[_consumer_pb2.GetOpsRequest, _consumer_pb2.GetOpsResponse]
     """GetOps returns the ops table of one VM's consumer."""
+    LoadPlugins: _grpc.UnaryUnaryMultiCallable[_consumer_pb2.LoadPluginsRequest, _consumer_pb2.LoadPluginsResponse]
+    """LoadPlugins loads plugins that were installed since the daemon started."""
+    UnloadPlugin: _grpc.UnaryUnaryMultiCallable[_consumer_pb2.UnloadPluginRequest, _consumer_pb2.UnloadPluginResponse]
+    """UnloadPlugin takes a plugin out; refused while a VM uses it."""
+    ReloadPlugin: _grpc.UnaryUnaryMultiCallable[_consumer_pb2.ReloadPluginRequest, _consumer_pb2.ReloadPluginResponse]
+    """ReloadPlugin loads a plugin's code anew and swaps every VM of it. Progress: ALL."""
 
 @_typing.type_check_only
 class ConsumerServiceAsyncStub(ConsumerServiceStub):
@@ -47,6 +53,12 @@ class ConsumerServiceAsyncStub(ConsumerServiceStub):
     """ListConsumers lists every plugin and consumer variant with its ops table."""
     GetOps: _aio.UnaryUnaryMultiCallable[_consumer_pb2.GetOpsRequest, _consumer_pb2.GetOpsResponse]  # type: ignore[assignment]
     """GetOps returns the ops table of one VM's consumer."""
+    LoadPlugins: _aio.UnaryUnaryMultiCallable[_consumer_pb2.LoadPluginsRequest, _consumer_pb2.LoadPluginsResponse]  # type: ignore[assignment]
+    """LoadPlugins loads plugins that were installed since the daemon started."""
+    UnloadPlugin: _aio.UnaryUnaryMultiCallable[_consumer_pb2.UnloadPluginRequest, _consumer_pb2.UnloadPluginResponse]  # type: ignore[assignment]
+    """UnloadPlugin takes a plugin out; refused while a VM uses it."""
+    ReloadPlugin: _aio.UnaryUnaryMultiCallable[_consumer_pb2.ReloadPluginRequest, _consumer_pb2.ReloadPluginResponse]  # type: ignore[assignment]
+    """ReloadPlugin loads a plugin's code anew and swaps every VM of it. Progress: ALL."""
 
 class ConsumerServiceServicer(metaclass=_abc_1.ABCMeta):
     """ConsumerService lists the vendor back ends and what each declares."""
@@ -66,5 +78,29 @@ class ConsumerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_consumer_pb2.GetOpsResponse, _abc.Awaitable[_consumer_pb2.GetOpsResponse]]:
         """GetOps returns the ops table of one VM's consumer."""
+
+    @_abc_1.abstractmethod
+    def LoadPlugins(
+        self,
+        request: _consumer_pb2.LoadPluginsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_consumer_pb2.LoadPluginsResponse, _abc.Awaitable[_consumer_pb2.LoadPluginsResponse]]:
+        """LoadPlugins loads plugins that were installed since the daemon started."""
+
+    @_abc_1.abstractmethod
+    def UnloadPlugin(
+        self,
+        request: _consumer_pb2.UnloadPluginRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_consumer_pb2.UnloadPluginResponse, _abc.Awaitable[_consumer_pb2.UnloadPluginResponse]]:
+        """UnloadPlugin takes a plugin out; refused while a VM uses it."""
+
+    @_abc_1.abstractmethod
+    def ReloadPlugin(
+        self,
+        request: _consumer_pb2.ReloadPluginRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_consumer_pb2.ReloadPluginResponse, _abc.Awaitable[_consumer_pb2.ReloadPluginResponse]]:
+        """ReloadPlugin loads a plugin's code anew and swaps every VM of it. Progress: ALL."""
 
 def add_ConsumerServiceServicer_to_server(servicer: ConsumerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -148,6 +148,8 @@ class File(_message.Message):
     PRIVATE_PAGES_FIELD_NUMBER: _builtins.int
     SHARED_PAGES_FIELD_NUMBER: _builtins.int
     BINDINGS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     file: _builtins.int
     """The handle; also the inode number."""
     vm: _builtins.int
@@ -162,6 +164,10 @@ class File(_message.Message):
     """Private pages present."""
     shared_pages: _builtins.int
     """Shared pages present, those a client filled in included."""
+    tenant: _builtins.str
+    """Whose: "uid:1000", "spiffe://..."."""
+    session: _builtins.int
+    """The session that it goes with, 0 if none."""
     @_builtins.property
     def bindings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Binding]:
         """Bindings."""
@@ -177,10 +183,12 @@ class File(_message.Message):
         private_pages: _builtins.int = ...,
         shared_pages: _builtins.int = ...,
         bindings: _abc.Iterable[Global___Binding] | None = ...,
+        tenant: _builtins.str = ...,
+        session: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "blksize_bytes", b"blksize_bytes", "file", b"file", "flags", b"flags", "private_pages", b"private_pages", "shared_pages", b"shared_pages", "size_bytes", b"size_bytes", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bindings", b"bindings", "blksize_bytes", b"blksize_bytes", "file", b"file", "flags", b"flags", "private_pages", b"private_pages", "session", b"session", "shared_pages", b"shared_pages", "size_bytes", b"size_bytes", "tenant", b"tenant", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -770,3 +778,103 @@ class UnpinPagesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnpinPagesResponse: _TypeAlias = UnpinPagesResponse  # noqa: Y015
+
+@_typing.final
+class ListPinsRequest(_message.Message):
+    """ListPinsRequest lists pins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    file: _builtins.int
+    """Only those of this file; 0: all."""
+    def __init__(
+        self,
+        *,
+        file: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPinsRequest: _TypeAlias = ListPinsRequest  # noqa: Y015
+
+@_typing.final
+class PagePin(_message.Message):
+    """PagePin is pages that somebody pinned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIN_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    PURPOSE_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    pin: _builtins.int
+    """The handle."""
+    file: _builtins.int
+    """The file."""
+    offset_bytes: _builtins.int
+    """Offset in bytes."""
+    length_bytes: _builtins.int
+    """Length in bytes."""
+    purpose: _builtins.str
+    """Why."""
+    holder: _builtins.str
+    """Who."""
+    tenant: _builtins.str
+    """Whose."""
+    session: _builtins.int
+    """The session that it goes with, 0 if none."""
+    def __init__(
+        self,
+        *,
+        pin: _builtins.int = ...,
+        file: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        purpose: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        session: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "holder", b"holder", "length_bytes", b"length_bytes", "offset_bytes", b"offset_bytes", "pin", b"pin", "purpose", b"purpose", "session", b"session", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PagePin: _TypeAlias = PagePin  # noqa: Y015
+
+@_typing.final
+class ListPinsResponse(_message.Message):
+    """ListPinsResponse is the pins."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state this reply was served at."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___PagePin]:
+        """The pins."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        pins: _abc.Iterable[Global___PagePin] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pins", b"pins", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPinsResponse: _TypeAlias = ListPinsResponse  # noqa: Y015

@@ -95,6 +95,11 @@ class FileServiceStub:
                 request_serializer=rmem_dot_v1_dot_file__pb2.UnpinPagesRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_file__pb2.UnpinPagesResponse.FromString,
                 _registered_method=True)
+        self.ListPins = channel.unary_unary(
+                '/rmem.v1.FileService/ListPins',
+                request_serializer=rmem_dot_v1_dot_file__pb2.ListPinsRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_file__pb2.ListPinsResponse.FromString,
+                _registered_method=True)
 
 
 class FileServiceServicer:
@@ -186,6 +191,13 @@ class FileServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListPins(self, request, context):
+        """ListPins lists the pins that the caller may see.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FileServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -248,6 +260,11 @@ def add_FileServiceServicer_to_server(servicer, server):
                     servicer.UnpinPages,
                     request_deserializer=rmem_dot_v1_dot_file__pb2.UnpinPagesRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_file__pb2.UnpinPagesResponse.SerializeToString,
+            ),
+            'ListPins': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPins,
+                    request_deserializer=rmem_dot_v1_dot_file__pb2.ListPinsRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_file__pb2.ListPinsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -575,6 +592,33 @@ class FileService:
             '/rmem.v1.FileService/UnpinPages',
             rmem_dot_v1_dot_file__pb2.UnpinPagesRequest.SerializeToString,
             rmem_dot_v1_dot_file__pb2.UnpinPagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListPins(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.FileService/ListPins',
+            rmem_dot_v1_dot_file__pb2.ListPinsRequest.SerializeToString,
+            rmem_dot_v1_dot_file__pb2.ListPinsResponse.FromString,
             options,
             channel_credentials,
             insecure,

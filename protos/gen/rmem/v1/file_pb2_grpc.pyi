@@ -59,6 +59,8 @@ class FileServiceStub:
     """PinPages holds present pages in place, as DMA does."""
     UnpinPages: _grpc.UnaryUnaryMultiCallable[_file_pb2.UnpinPagesRequest, _file_pb2.UnpinPagesResponse]
     """UnpinPages lets go."""
+    ListPins: _grpc.UnaryUnaryMultiCallable[_file_pb2.ListPinsRequest, _file_pb2.ListPinsResponse]
+    """ListPins lists the pins that the caller may see."""
 
 @_typing.type_check_only
 class FileServiceAsyncStub(FileServiceStub):
@@ -91,6 +93,8 @@ class FileServiceAsyncStub(FileServiceStub):
     """PinPages holds present pages in place, as DMA does."""
     UnpinPages: _aio.UnaryUnaryMultiCallable[_file_pb2.UnpinPagesRequest, _file_pb2.UnpinPagesResponse]  # type: ignore[assignment]
     """UnpinPages lets go."""
+    ListPins: _aio.UnaryUnaryMultiCallable[_file_pb2.ListPinsRequest, _file_pb2.ListPinsResponse]  # type: ignore[assignment]
+    """ListPins lists the pins that the caller may see."""
 
 class FileServiceServicer(metaclass=_abc_1.ABCMeta):
     """FileService is restricted files: guest_memfd's inode and file."""
@@ -192,5 +196,13 @@ class FileServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_file_pb2.UnpinPagesResponse, _abc.Awaitable[_file_pb2.UnpinPagesResponse]]:
         """UnpinPages lets go."""
+
+    @_abc_1.abstractmethod
+    def ListPins(
+        self,
+        request: _file_pb2.ListPinsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_file_pb2.ListPinsResponse, _abc.Awaitable[_file_pb2.ListPinsResponse]]:
+        """ListPins lists the pins that the caller may see."""
 
 def add_FileServiceServicer_to_server(servicer: FileServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -174,6 +174,8 @@ class GetHostResponse(_message.Message):
     VMS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     DAEMON_RSS_BYTES_FIELD_NUMBER: _builtins.int
+    DAEMON_FDS_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Revision of the state this reply was served at."""
     mock: _builtins.bool
@@ -192,6 +194,10 @@ class GetHostResponse(_message.Message):
     """Restricted files."""
     daemon_rss_bytes: _builtins.int
     """Resident memory of the daemon."""
+    daemon_fds: _builtins.int
+    """Descriptors that the daemon has open, memfds included."""
+    sessions: _builtins.int
+    """Sessions."""
     @_builtins.property
     def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FrameCount]:
         """Frames by use."""
@@ -214,10 +220,12 @@ class GetHostResponse(_message.Message):
         vms: _builtins.int = ...,
         files: _builtins.int = ...,
         daemon_rss_bytes: _builtins.int = ...,
+        daemon_fds: _builtins.int = ...,
+        sessions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "daemon_rss_bytes", b"daemon_rss_bytes", "files", b"files", "free_pages", b"free_pages", "mock", b"mock", "nframes", b"nframes", "nodes", b"nodes", "revision", b"revision", "seed", b"seed", "version", b"version", "vms", b"vms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "daemon_fds", b"daemon_fds", "daemon_rss_bytes", b"daemon_rss_bytes", "files", b"files", "free_pages", b"free_pages", "mock", b"mock", "nframes", b"nframes", "nodes", b"nodes", "revision", b"revision", "seed", b"seed", "sessions", b"sessions", "version", b"version", "vms", b"vms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1523,3 +1531,96 @@ class ExplainReasonResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExplainReasonResponse: _TypeAlias = ExplainReasonResponse  # noqa: Y015
+
+@_typing.final
+class GetWaitGraphRequest(_message.Message):
+    """GetWaitGraphRequest asks who waits for whom."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetWaitGraphRequest: _TypeAlias = GetWaitGraphRequest  # noqa: Y015
+
+@_typing.final
+class WaitEdge(_message.Message):
+    """WaitEdge is one who waits, and whom for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITER_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    waiter: _builtins.str
+    """Who waits: "call 17 migrate", "vm/3 vcpu 0"."""
+    holder: _builtins.str
+    """Whom for: "session 7", "vm/3", "call 16 punch"."""
+    why: _builtins.str
+    """Why: "pins", "references", "range in progress", "page fault handler"."""
+    pages: _builtins.str
+    """Over which pages, as "file/2 pgoff 0x10+0x4", "" if over none."""
+    waiting: _builtins.bool
+    """Whether the waiter waits now; else it was refused, at this revision."""
+    revision: _builtins.int
+    """Revision at which it began to wait, or was refused."""
+    def __init__(
+        self,
+        *,
+        waiter: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        why: _builtins.str = ...,
+        pages: _builtins.str = ...,
+        waiting: _builtins.bool = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "pages", b"pages", "revision", b"revision", "waiter", b"waiter", "waiting", b"waiting", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitEdge: _TypeAlias = WaitEdge  # noqa: Y015
+
+@_typing.final
+class GetWaitGraphResponse(_message.Message):
+    """GetWaitGraphResponse is the graph."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    EDGES_FIELD_NUMBER: _builtins.int
+    DEADLOCK_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state this reply was served at."""
+    @_builtins.property
+    def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitEdge]:
+        """The edges, oldest first."""
+
+    @_builtins.property
+    def deadlock(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those among whom each waits for the next: nobody of them gets on."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        edges: _abc.Iterable[Global___WaitEdge] | None = ...,
+        deadlock: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadlock", b"deadlock", "edges", b"edges", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetWaitGraphResponse: _TypeAlias = GetWaitGraphResponse  # noqa: Y015

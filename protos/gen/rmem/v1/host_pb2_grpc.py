@@ -115,6 +115,11 @@ class HostServiceStub:
                 request_serializer=rmem_dot_v1_dot_host__pb2.ExplainReasonRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_host__pb2.ExplainReasonResponse.FromString,
                 _registered_method=True)
+        self.GetWaitGraph = channel.unary_unary(
+                '/rmem.v1.HostService/GetWaitGraph',
+                request_serializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
@@ -233,6 +238,13 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetWaitGraph(self, request, context):
+        """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -315,6 +327,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ExplainReason,
                     request_deserializer=rmem_dot_v1_dot_host__pb2.ExplainReasonRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_host__pb2.ExplainReasonResponse.SerializeToString,
+            ),
+            'GetWaitGraph': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetWaitGraph,
+                    request_deserializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -750,6 +767,33 @@ class HostService:
             '/rmem.v1.HostService/ExplainReason',
             rmem_dot_v1_dot_host__pb2.ExplainReasonRequest.SerializeToString,
             rmem_dot_v1_dot_host__pb2.ExplainReasonResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetWaitGraph(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.HostService/GetWaitGraph',
+            rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.SerializeToString,
+            rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.FromString,
             options,
             channel_credentials,
             insecure,

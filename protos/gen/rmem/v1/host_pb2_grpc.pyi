@@ -65,6 +65,8 @@ class HostServiceStub:
     """RemoveFaultRule removes one."""
     ExplainReason: _grpc.UnaryUnaryMultiCallable[_host_pb2.ExplainReasonRequest, _host_pb2.ExplainReasonResponse]
     """ExplainReason tells what a refusal's reason means and what to try; "" lists them all."""
+    GetWaitGraph: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetWaitGraphRequest, _host_pb2.GetWaitGraphResponse]
+    """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -103,6 +105,8 @@ class HostServiceAsyncStub(HostServiceStub):
     """RemoveFaultRule removes one."""
     ExplainReason: _aio.UnaryUnaryMultiCallable[_host_pb2.ExplainReasonRequest, _host_pb2.ExplainReasonResponse]  # type: ignore[assignment]
     """ExplainReason tells what a refusal's reason means and what to try; "" lists them all."""
+    GetWaitGraph: _aio.UnaryUnaryMultiCallable[_host_pb2.GetWaitGraphRequest, _host_pb2.GetWaitGraphResponse]  # type: ignore[assignment]
+    """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """HostService is the host's memory: frames, nodes, physical access, and the jobs that move pages."""
@@ -234,5 +238,13 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ExplainReasonResponse, _abc.Awaitable[_host_pb2.ExplainReasonResponse]]:
         """ExplainReason tells what a refusal's reason means and what to try; "" lists them all."""
+
+    @_abc_1.abstractmethod
+    def GetWaitGraph(
+        self,
+        request: _host_pb2.GetWaitGraphRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.GetWaitGraphResponse, _abc.Awaitable[_host_pb2.GetWaitGraphResponse]]:
+        """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

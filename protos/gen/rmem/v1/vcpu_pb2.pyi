@@ -433,3 +433,127 @@ class RunVcpuResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunVcpuResponse: _TypeAlias = RunVcpuResponse  # noqa: Y015
+
+@_typing.final
+class ReadGuestRequest(_message.Message):
+    """ReadGuestRequest reads guest memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    VCPU_FIELD_NUMBER: _builtins.int
+    GPA_FIELD_NUMBER: _builtins.int
+    LENGTH_BYTES_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    vm: _builtins.int
+    """The VM."""
+    vcpu: _builtins.int
+    """The vCPU that reads."""
+    gpa: _builtins.int
+    """Guest physical address in bytes."""
+    length_bytes: _builtins.int
+    """How many bytes, at most 64 KiB."""
+    private: _builtins.bool
+    """Whether the guest addresses the memory as private."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.int = ...,
+        vcpu: _builtins.int = ...,
+        gpa: _builtins.int = ...,
+        length_bytes: _builtins.int = ...,
+        private: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpa", b"gpa", "length_bytes", b"length_bytes", "private", b"private", "vcpu", b"vcpu", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadGuestRequest: _TypeAlias = ReadGuestRequest  # noqa: Y015
+
+@_typing.final
+class ReadGuestResponse(_message.Message):
+    """ReadGuestResponse is the bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state this reply was served at."""
+    data: _builtins.bytes
+    """The bytes."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadGuestResponse: _TypeAlias = ReadGuestResponse  # noqa: Y015
+
+@_typing.final
+class WriteGuestRequest(_message.Message):
+    """WriteGuestRequest writes guest memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VM_FIELD_NUMBER: _builtins.int
+    VCPU_FIELD_NUMBER: _builtins.int
+    GPA_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    PRIVATE_FIELD_NUMBER: _builtins.int
+    vm: _builtins.int
+    """The VM."""
+    vcpu: _builtins.int
+    """The vCPU that writes."""
+    gpa: _builtins.int
+    """Guest physical address in bytes."""
+    data: _builtins.bytes
+    """The bytes, at most 64 KiB less the message's own."""
+    private: _builtins.bool
+    """Whether the guest addresses the memory as private."""
+    def __init__(
+        self,
+        *,
+        vm: _builtins.int = ...,
+        vcpu: _builtins.int = ...,
+        gpa: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        private: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "gpa", b"gpa", "private", b"private", "vcpu", b"vcpu", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteGuestRequest: _TypeAlias = WriteGuestRequest  # noqa: Y015
+
+@_typing.final
+class WriteGuestResponse(_message.Message):
+    """WriteGuestResponse ends it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that it made."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteGuestResponse: _TypeAlias = WriteGuestResponse  # noqa: Y015

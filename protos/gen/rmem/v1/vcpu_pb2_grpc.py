@@ -50,6 +50,16 @@ class VcpuServiceStub:
                 request_serializer=rmem_dot_v1_dot_vcpu__pb2.RunVcpuRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_vcpu__pb2.RunVcpuResponse.FromString,
                 _registered_method=True)
+        self.ReadGuest = channel.unary_unary(
+                '/rmem.v1.VcpuService/ReadGuest',
+                request_serializer=rmem_dot_v1_dot_vcpu__pb2.ReadGuestRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_vcpu__pb2.ReadGuestResponse.FromString,
+                _registered_method=True)
+        self.WriteGuest = channel.unary_unary(
+                '/rmem.v1.VcpuService/WriteGuest',
+                request_serializer=rmem_dot_v1_dot_vcpu__pb2.WriteGuestRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_vcpu__pb2.WriteGuestResponse.FromString,
+                _registered_method=True)
 
 
 class VcpuServiceServicer:
@@ -77,6 +87,20 @@ class VcpuServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadGuest(self, request, context):
+        """ReadGuest reads guest memory as the guest does; for the guest role alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WriteGuest(self, request, context):
+        """WriteGuest writes guest memory as the guest does; for the guest role alone. Progress: PREFIX.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VcpuServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +118,16 @@ def add_VcpuServiceServicer_to_server(servicer, server):
                     servicer.RunVcpu,
                     request_deserializer=rmem_dot_v1_dot_vcpu__pb2.RunVcpuRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_vcpu__pb2.RunVcpuResponse.SerializeToString,
+            ),
+            'ReadGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadGuest,
+                    request_deserializer=rmem_dot_v1_dot_vcpu__pb2.ReadGuestRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_vcpu__pb2.ReadGuestResponse.SerializeToString,
+            ),
+            'WriteGuest': grpc.unary_unary_rpc_method_handler(
+                    servicer.WriteGuest,
+                    request_deserializer=rmem_dot_v1_dot_vcpu__pb2.WriteGuestRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_vcpu__pb2.WriteGuestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +212,60 @@ class VcpuService:
             '/rmem.v1.VcpuService/RunVcpu',
             rmem_dot_v1_dot_vcpu__pb2.RunVcpuRequest.SerializeToString,
             rmem_dot_v1_dot_vcpu__pb2.RunVcpuResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.VcpuService/ReadGuest',
+            rmem_dot_v1_dot_vcpu__pb2.ReadGuestRequest.SerializeToString,
+            rmem_dot_v1_dot_vcpu__pb2.ReadGuestResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WriteGuest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.VcpuService/WriteGuest',
+            rmem_dot_v1_dot_vcpu__pb2.WriteGuestRequest.SerializeToString,
+            rmem_dot_v1_dot_vcpu__pb2.WriteGuestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class VcpuServiceStub:
     """SetProgramme gives a vCPU that is not running a new programme, from its first instruction."""
     RunVcpu: _grpc.UnaryUnaryMultiCallable[_vcpu_pb2.RunVcpuRequest, _vcpu_pb2.RunVcpuResponse]
     """RunVcpu runs until the guest exits, as KVM_RUN does."""
+    ReadGuest: _grpc.UnaryUnaryMultiCallable[_vcpu_pb2.ReadGuestRequest, _vcpu_pb2.ReadGuestResponse]
+    """ReadGuest reads guest memory as the guest does; for the guest role alone."""
+    WriteGuest: _grpc.UnaryUnaryMultiCallable[_vcpu_pb2.WriteGuestRequest, _vcpu_pb2.WriteGuestResponse]
+    """WriteGuest writes guest memory as the guest does; for the guest role alone. Progress: PREFIX."""
 
 @_typing.type_check_only
 class VcpuServiceAsyncStub(VcpuServiceStub):
@@ -51,6 +55,10 @@ class VcpuServiceAsyncStub(VcpuServiceStub):
     """SetProgramme gives a vCPU that is not running a new programme, from its first instruction."""
     RunVcpu: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.RunVcpuRequest, _vcpu_pb2.RunVcpuResponse]  # type: ignore[assignment]
     """RunVcpu runs until the guest exits, as KVM_RUN does."""
+    ReadGuest: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.ReadGuestRequest, _vcpu_pb2.ReadGuestResponse]  # type: ignore[assignment]
+    """ReadGuest reads guest memory as the guest does; for the guest role alone."""
+    WriteGuest: _aio.UnaryUnaryMultiCallable[_vcpu_pb2.WriteGuestRequest, _vcpu_pb2.WriteGuestResponse]  # type: ignore[assignment]
+    """WriteGuest writes guest memory as the guest does; for the guest role alone. Progress: PREFIX."""
 
 class VcpuServiceServicer(metaclass=_abc_1.ABCMeta):
     """VcpuService runs virtual CPUs, each of which executes a guest programme."""
@@ -78,5 +86,21 @@ class VcpuServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vcpu_pb2.RunVcpuResponse, _abc.Awaitable[_vcpu_pb2.RunVcpuResponse]]:
         """RunVcpu runs until the guest exits, as KVM_RUN does."""
+
+    @_abc_1.abstractmethod
+    def ReadGuest(
+        self,
+        request: _vcpu_pb2.ReadGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vcpu_pb2.ReadGuestResponse, _abc.Awaitable[_vcpu_pb2.ReadGuestResponse]]:
+        """ReadGuest reads guest memory as the guest does; for the guest role alone."""
+
+    @_abc_1.abstractmethod
+    def WriteGuest(
+        self,
+        request: _vcpu_pb2.WriteGuestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vcpu_pb2.WriteGuestResponse, _abc.Awaitable[_vcpu_pb2.WriteGuestResponse]]:
+        """WriteGuest writes guest memory as the guest does; for the guest role alone. Progress: PREFIX."""
 
 def add_VcpuServiceServicer_to_server(servicer: VcpuServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

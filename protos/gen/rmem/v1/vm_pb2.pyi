@@ -92,6 +92,7 @@ class CreateVmRequest(_message.Message):
     MEMLOCK_PAGES_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     STARTS_PRIVATE_FIELD_NUMBER: _builtins.int
+    DETACHED_FIELD_NUMBER: _builtins.int
     consumer: _builtins.str
     """The consumer's full name: "tdx-today"."""
     personality: _types_pb2.Personality.ValueType
@@ -104,6 +105,8 @@ class CreateVmRequest(_message.Message):
     """Whether guest memory starts private (the `attributes` way); unset: as the kind of VM does,
     confidential ones private, ordinary ones shared.
     """
+    detached: _builtins.bool
+    """Whether it outlives the session that makes it; without one it always does."""
     @_builtins.property
     def config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The consumer's options."""
@@ -117,10 +120,11 @@ class CreateVmRequest(_message.Message):
         memlock_pages: _builtins.int = ...,
         name: _builtins.str = ...,
         starts_private: _builtins.bool | None = ...,
+        detached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private", "starts_private", b"starts_private"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private", "config", b"config", "consumer", b"consumer", "memlock_pages", b"memlock_pages", "name", b"name", "personality", b"personality", "starts_private", b"starts_private"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private", "config", b"config", "consumer", b"consumer", "detached", b"detached", "memlock_pages", b"memlock_pages", "name", b"name", "personality", b"personality", "starts_private", b"starts_private"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__starts_private: _TypeAlias = _typing.Literal["starts_private"]  # noqa: Y015
     _WhichOneofArgType__starts_private: _TypeAlias = _typing.Literal["_starts_private", b"_starts_private"]  # noqa: Y015
@@ -228,6 +232,26 @@ class Vm(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ConfigEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VM_FIELD_NUMBER: _builtins.int
     CONSUMER_FIELD_NUMBER: _builtins.int
     PERSONALITY_FIELD_NUMBER: _builtins.int
@@ -240,6 +264,9 @@ class Vm(_message.Message):
     MAPPED_PRIVATE_PAGES_FIELD_NUMBER: _builtins.int
     MAPPED_SHARED_PAGES_FIELD_NUMBER: _builtins.int
     LOCKED_PAGES_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
     vm: _builtins.int
     """The handle."""
     consumer: _builtins.str
@@ -262,9 +289,17 @@ class Vm(_message.Message):
     """Shared pages mapped."""
     locked_pages: _builtins.int
     """Pages charged to locked memory."""
+    tenant: _builtins.str
+    """Whose: "uid:1000", "spiffe://..."."""
+    session: _builtins.int
+    """The session that it goes with, 0 if none."""
     @_builtins.property
     def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___Slot]:
         """The slots."""
+
+    @_builtins.property
+    def config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The consumer's options, as the VM was made or swapped with."""
 
     def __init__(
         self,
@@ -281,10 +316,13 @@ class Vm(_message.Message):
         mapped_private_pages: _builtins.int = ...,
         mapped_shared_pages: _builtins.int = ...,
         locked_pages: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        session: _builtins.int = ...,
+        config: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumer", b"consumer", "dead_reason", b"dead_reason", "locked_pages", b"locked_pages", "mapped_private_pages", b"mapped_private_pages", "mapped_shared_pages", b"mapped_shared_pages", "measurement", b"measurement", "name", b"name", "personality", b"personality", "slots", b"slots", "state", b"state", "vcpus", b"vcpus", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "consumer", b"consumer", "dead_reason", b"dead_reason", "locked_pages", b"locked_pages", "mapped_private_pages", b"mapped_private_pages", "mapped_shared_pages", b"mapped_shared_pages", "measurement", b"measurement", "name", b"name", "personality", b"personality", "session", b"session", "slots", b"slots", "state", b"state", "tenant", b"tenant", "vcpus", b"vcpus", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -848,3 +886,125 @@ class PreFaultResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PreFaultResponse: _TypeAlias = PreFaultResponse  # noqa: Y015
+
+@_typing.final
+class SwapConsumerRequest(_message.Message):
+    """SwapConsumerRequest replaces a consumer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ConfigEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    VM_FIELD_NUMBER: _builtins.int
+    CONSUMER_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    vm: _builtins.int
+    """The VM."""
+    consumer: _builtins.str
+    """The new consumer's full name; "": the present one, of the plugin as it is loaded now."""
+    @_builtins.property
+    def config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The new consumer's options; none: those of the VM that it knows."""
+
+    def __init__(
+        self,
+        *,
+        vm: _builtins.int = ...,
+        consumer: _builtins.str = ...,
+        config: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "consumer", b"consumer", "vm", b"vm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapConsumerRequest: _TypeAlias = SwapConsumerRequest  # noqa: Y015
+
+@_typing.final
+class SwapConsumerResponse(_message.Message):
+    """SwapConsumerResponse is what changed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    CONSUMER_FIELD_NUMBER: _builtins.int
+    GAINED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    STATE_KIND_FIELD_NUMBER: _builtins.int
+    STATE_VERSION_FIELD_NUMBER: _builtins.int
+    CARRIED_ENTRIES_FIELD_NUMBER: _builtins.int
+    RELEASED_PAGES_FIELD_NUMBER: _builtins.int
+    HELD_PAGES_FIELD_NUMBER: _builtins.int
+    RECLASSIFIED_PAGES_FIELD_NUMBER: _builtins.int
+    PAUSE_US_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision that it made."""
+    previous: _builtins.str
+    """The consumer before."""
+    consumer: _builtins.str
+    """The consumer now."""
+    state_kind: _builtins.str
+    """Kind of the state that was carried over."""
+    state_version: _builtins.int
+    """Version of its schema."""
+    carried_entries: _builtins.int
+    """Entries of the consumer's tables that were carried over."""
+    released_pages: _builtins.int
+    """Pages that the consumer held and holds no more."""
+    held_pages: _builtins.int
+    """Pages that it holds from now on."""
+    reclassified_pages: _builtins.int
+    """Pages that cannot move now and could, or the other way about."""
+    pause_us: _builtins.int
+    """How long the VM stood still, in microseconds."""
+    @_builtins.property
+    def gained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ops that are implemented now and were NULL."""
+
+    @_builtins.property
+    def lost(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ops that are NULL now and were implemented."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        previous: _builtins.str = ...,
+        consumer: _builtins.str = ...,
+        gained: _abc.Iterable[_builtins.str] | None = ...,
+        lost: _abc.Iterable[_builtins.str] | None = ...,
+        state_kind: _builtins.str = ...,
+        state_version: _builtins.int = ...,
+        carried_entries: _builtins.int = ...,
+        released_pages: _builtins.int = ...,
+        held_pages: _builtins.int = ...,
+        reclassified_pages: _builtins.int = ...,
+        pause_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried_entries", b"carried_entries", "consumer", b"consumer", "gained", b"gained", "held_pages", b"held_pages", "lost", b"lost", "pause_us", b"pause_us", "previous", b"previous", "reclassified_pages", b"reclassified_pages", "released_pages", b"released_pages", "revision", b"revision", "state_kind", b"state_kind", "state_version", b"state_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SwapConsumerResponse: _TypeAlias = SwapConsumerResponse  # noqa: Y015

@@ -85,6 +85,11 @@ class VmServiceStub:
                 request_serializer=rmem_dot_v1_dot_vm__pb2.PreFaultRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_vm__pb2.PreFaultResponse.FromString,
                 _registered_method=True)
+        self.SwapConsumer = channel.unary_unary(
+                '/rmem.v1.VmService/SwapConsumer',
+                request_serializer=rmem_dot_v1_dot_vm__pb2.SwapConsumerRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_vm__pb2.SwapConsumerResponse.FromString,
+                _registered_method=True)
 
 
 class VmServiceServicer:
@@ -161,6 +166,14 @@ class VmServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwapConsumer(self, request, context):
+        """SwapConsumer replaces the VM's consumer while it runs: by another variant, or the same one of
+        a plugin that was reloaded, of equal state schema. Progress: ALL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VmServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +226,11 @@ def add_VmServiceServicer_to_server(servicer, server):
                     servicer.PreFault,
                     request_deserializer=rmem_dot_v1_dot_vm__pb2.PreFaultRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_vm__pb2.PreFaultResponse.SerializeToString,
+            ),
+            'SwapConsumer': grpc.unary_unary_rpc_method_handler(
+                    servicer.SwapConsumer,
+                    request_deserializer=rmem_dot_v1_dot_vm__pb2.SwapConsumerRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_vm__pb2.SwapConsumerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -486,6 +504,33 @@ class VmService:
             '/rmem.v1.VmService/PreFault',
             rmem_dot_v1_dot_vm__pb2.PreFaultRequest.SerializeToString,
             rmem_dot_v1_dot_vm__pb2.PreFaultResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapConsumer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.VmService/SwapConsumer',
+            rmem_dot_v1_dot_vm__pb2.SwapConsumerRequest.SerializeToString,
+            rmem_dot_v1_dot_vm__pb2.SwapConsumerResponse.FromString,
             options,
             channel_credentials,
             insecure,

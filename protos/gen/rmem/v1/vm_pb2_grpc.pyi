@@ -53,6 +53,10 @@ class VmServiceStub:
     """Finalize closes the measurement; vCPUs may run from then on."""
     PreFault: _grpc.UnaryUnaryMultiCallable[_vm_pb2.PreFaultRequest, _vm_pb2.PreFaultResponse]
     """PreFault faults a guest range in (KVM_PRE_FAULT_MEMORY). Progress: PREFIX."""
+    SwapConsumer: _grpc.UnaryUnaryMultiCallable[_vm_pb2.SwapConsumerRequest, _vm_pb2.SwapConsumerResponse]
+    """SwapConsumer replaces the VM's consumer while it runs: by another variant, or the same one of
+    a plugin that was reloaded, of equal state schema. Progress: ALL.
+    """
 
 @_typing.type_check_only
 class VmServiceAsyncStub(VmServiceStub):
@@ -79,6 +83,10 @@ class VmServiceAsyncStub(VmServiceStub):
     """Finalize closes the measurement; vCPUs may run from then on."""
     PreFault: _aio.UnaryUnaryMultiCallable[_vm_pb2.PreFaultRequest, _vm_pb2.PreFaultResponse]  # type: ignore[assignment]
     """PreFault faults a guest range in (KVM_PRE_FAULT_MEMORY). Progress: PREFIX."""
+    SwapConsumer: _aio.UnaryUnaryMultiCallable[_vm_pb2.SwapConsumerRequest, _vm_pb2.SwapConsumerResponse]  # type: ignore[assignment]
+    """SwapConsumer replaces the VM's consumer while it runs: by another variant, or the same one of
+    a plugin that was reloaded, of equal state schema. Progress: ALL.
+    """
 
 class VmServiceServicer(metaclass=_abc_1.ABCMeta):
     """VmService is virtual machines: memslots, attributes, population, faults."""
@@ -162,5 +170,15 @@ class VmServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vm_pb2.PreFaultResponse, _abc.Awaitable[_vm_pb2.PreFaultResponse]]:
         """PreFault faults a guest range in (KVM_PRE_FAULT_MEMORY). Progress: PREFIX."""
+
+    @_abc_1.abstractmethod
+    def SwapConsumer(
+        self,
+        request: _vm_pb2.SwapConsumerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vm_pb2.SwapConsumerResponse, _abc.Awaitable[_vm_pb2.SwapConsumerResponse]]:
+        """SwapConsumer replaces the VM's consumer while it runs: by another variant, or the same one of
+        a plugin that was reloaded, of equal state schema. Progress: ALL.
+        """
 
 def add_VmServiceServicer_to_server(servicer: VmServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
