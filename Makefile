@@ -20,7 +20,7 @@ define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
 endef
 
-.PHONY: setup demo test check check-style check-types check-imports check-protos bench protos protos-baseline lock clean
+.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench client protos protos-baseline lock clean
 
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
@@ -49,7 +49,7 @@ test: check
 	@$(BIN)/python -m pytest -q --ignore=tests/bench $(ARGS)
 
 # each tool says one word; `make -k check` goes on after a failure
-check: check-style check-types check-imports check-protos
+check: check-style check-types check-imports check-protos check-client
 
 check-style: $(READY)
 	$(call quietly,ruff check,$(BIN)/ruff check --quiet)
@@ -65,9 +65,17 @@ check-imports: $(READY)
 check-protos: $(READY)
 	$(call quietly,protos,PYTHON=$(BIN)/python protos/generate.sh check)
 
+# the Python client's sync modules equal to what its asyncio modules give
+check-client: $(READY)
+	$(call quietly,client,$(BIN)/python clients/python/unasync.py --check)
+
 # figures as ratios beside their floors, into build/bench.jsonl
 bench: $(READY)
 	@$(BIN)/python -m tests.bench
+
+# write the Python client's sync modules anew, from rmem_client/aio
+client: $(READY)
+	@$(BIN)/python clients/python/unasync.py
 
 # format the .proto files and write protos/gen anew
 protos: $(READY)

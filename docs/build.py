@@ -236,6 +236,14 @@ def null_project_section() -> str:
     return f"```toml\n{code}\n```"
 
 
+# --- configuration.md ----------------------------------------------------------------------------
+def configuration_section() -> str:
+    """Return every key of the configuration, a table a section."""
+    from rmemd.daemon.configshow import documentation
+
+    return f"\n{documentation()}"
+
+
 # --- writing -------------------------------------------------------------------------------------
 def makers() -> dict[str, Callable[[], str]]:
     """Return what makes each section, by its name."""
@@ -247,6 +255,7 @@ def makers() -> dict[str, Callable[[], str]]:
         "ops-by-variant": ops_section,
         "null-plugin": null_plugin_section,
         "null-pyproject": null_project_section,
+        "configuration": configuration_section,
     }
     for cls in ("ConsumerSpec", "PlatformSpec"):
         section = signature_section(cls)

@@ -41,6 +41,8 @@ class Kind(Enum):
     POISON = "DATA_LOSS"
     PLUGIN = "INTERNAL"
     UNAVAILABLE = "UNAVAILABLE"
+    UNKNOWN_CALLER = "UNAUTHENTICATED"
+    CANCELLED = "CANCELLED"
 
     @property
     def code(self) -> str:
@@ -80,6 +82,7 @@ class Details:
         progress_pages: pages done before the refusal, for operations that keep a prefix.
         error_offset: byte offset in the file that the refusal is about (in-place conversion).
         where: the plugin and hook that refused or failed, "tdx(vm/3).map".
+        for_log: what only the daemon's log is told, and never the caller.
     """
 
     field: str = ""
@@ -92,6 +95,7 @@ class Details:
     progress_pages: int | None = None
     error_offset: int | None = None
     where: str = ""
+    for_log: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,11 +215,20 @@ class Unavailable(RmemError):
     """The daemon cannot serve this now."""
 
 
+class Unauthenticated(RmemError):
+    """Nobody knows who calls: no token, or one that is not good here."""
+
+
+class Cancelled(RmemError):
+    """Stopped because somebody asked for it; what was done before stays."""
+
+
 _CLASSES: dict[Kind, type[RmemError]] = {
     Kind.INVALID: InvalidArgument, Kind.NOT_FOUND: NotFound, Kind.EXISTS: AlreadyExists,
     Kind.DENIED: Denied, Kind.EXHAUSTED: Exhausted, Kind.REFUSED: Refused,
     Kind.UNSUPPORTED: Unsupported, Kind.BUSY: Busy, Kind.RANGE: OutOfRange,
     Kind.POISON: Poisoned, Kind.PLUGIN: PluginFault, Kind.UNAVAILABLE: Unavailable,
+    Kind.UNKNOWN_CALLER: Unauthenticated, Kind.CANCELLED: Cancelled,
 }  # fmt: skip
 
 
@@ -232,6 +245,10 @@ KVM = "Linux virt/kvm/kvm_main.c; restrictedmem.md §2"
 BAD_REQUEST = _reason("BAD_REQUEST", Kind.INVALID, "EINVAL",
     "A field is missing, malformed or out of its range.",
     "Correct the field that is named.")
+REQUEST_ID_REUSED = _reason("REQUEST_ID_REUSED", Kind.INVALID, "",
+    "The id of this request was that of another one, with other contents.",
+    "Give every call an id of its own, and send it unchanged when the same call is repeated.",
+    "AIP-155")
 UNKNOWN_FLAG = _reason("UNKNOWN_FLAG", Kind.INVALID, "EINVAL",
     "A flag bit is set that does not exist.",
     "Clear the unknown bits.",
@@ -275,12 +292,39 @@ NO_SUCH_RULE = _reason("NO_SUCH_RULE", Kind.NOT_FOUND, "ENOENT",
 NO_SUCH_PIN = _reason("NO_SUCH_PIN", Kind.NOT_FOUND, "ENOENT",
     "No pin has this handle.",
     "Read the holders of the page.")
+NO_SUCH_SESSION = _reason("NO_SUCH_SESSION", Kind.NOT_FOUND, "ENOENT",
+    "No session has this handle, or it has ended.",
+    "List the sessions.")
+NOT_HELD = _reason("NOT_HELD", Kind.REFUSED, "EINVAL",
+    "A reference is dropped that the session does not have.",
+    "Drop what get returned, once.")
+NO_SUCH_OPERATION = _reason("NO_SUCH_OPERATION", Kind.NOT_FOUND, "ENOENT",
+    "No long job has this name, or its result was deleted or is no longer kept.",
+    "List the operations.")
+NO_SUCH_USERFAULT = _reason("NO_SUCH_USERFAULT", Kind.NOT_FOUND, "ENOENT",
+    "No range is registered under this handle, or the pages are in no range of the session's.",
+    "Register the range first; only the session that registered it resolves its faults.",
+    "Linux mm/userfaultfd.c; ioctl_userfaultfd(2)")
 NO_SUCH_REASON = _reason("NO_SUCH_REASON", Kind.NOT_FOUND, "ENOENT",
     "The catalogue has no such reason.",
     "List the reasons.")
 EXISTS = _reason("EXISTS", Kind.EXISTS, "EEXIST",
     "An object with this index exists already.",
     "Choose another index, or delete it first.")
+# --- who calls -------------------------------------------------------------------------------
+TOKEN_REQUIRED = _reason("TOKEN_REQUIRED", Kind.UNKNOWN_CALLER, "EACCES",
+    "The daemon is shared, and the call carries no token that says whose it is.",
+    "Open a session on the session socket, and send its token as metadata rmem-token.")
+TOKEN_UNKNOWN = _reason("TOKEN_UNKNOWN", Kind.UNKNOWN_CALLER, "EACCES",
+    "The token or ticket was never given out, was used up, belongs to another door, or its "
+    "session has ended.",
+    "Open a new session; a ticket is good for one redemption.")
+ROLE_DENIED = _reason("ROLE_DENIED", Kind.DENIED, "EACCES",
+    "The session's role does not allow this call.",
+    "Call from a session of a role that does.")
+NOT_GRANTED = _reason("NOT_GRANTED", Kind.DENIED, "EACCES",
+    "The device session was not granted the whole range, or only for reading.",
+    "Have the VMM grant the range.")
 # --- memslots and bindings -------------------------------------------------------------------
 SLOT_INVALID = _reason("SLOT_INVALID", Kind.INVALID, "EINVAL",
     "The slot number, flags, size, address or offset is not valid for a memslot.",
@@ -306,6 +350,23 @@ FILE_GONE = _reason("FILE_GONE", Kind.REFUSED, "EFAULT",
     "The slot's restricted file was closed.",
     "Delete the slot and bind another file.",
     GMEM)
+# --- page fault handlers ---------------------------------------------------------------------
+USERFAULT_TAKEN = _reason("USERFAULT_TAKEN", Kind.EXISTS, "EBUSY",
+    "Part of the range has a page fault handler already.",
+    "Register another range, or have the handler that is named unregister.",
+    "Linux fs/userfaultfd.c, userfaultfd_register; ioctl_userfaultfd(2)")
+PAGE_PRESENT = _reason("PAGE_PRESENT", Kind.EXISTS, "EEXIST",
+    "A page is there already, so it is not filled again.",
+    "Go on after it: nobody waits for a page that is there.",
+    "Linux mm/userfaultfd.c; UFFDIO_COPY(2const)")
+PRIVATE_CONTENT = _reason("PRIVATE_CONTENT", Kind.REFUSED, "EINVAL",
+    "The host cannot say what a private page holds: its bytes are the guest's.",
+    "Continue the fault, which gives the guest an empty page, or convert the page to shared.")
+INTERRUPTED = _reason("INTERRUPTED", Kind.UNAVAILABLE, "EINTR",
+    "The caller went away, the VM's session ends or the daemon stops, while a fault waited for "
+    "its handler.",
+    "Make the call again; the fault is told again if its page is still missing.",
+    "Linux fs/userfaultfd.c, handle_userfault; KVM_EXIT_INTR")
 # --- attributes, conversion, population ------------------------------------------------------
 ATTRIBUTES_UNSUPPORTED = _reason("ATTRIBUTES_UNSUPPORTED", Kind.INVALID, "EINVAL",
     "The VM has no private memory, or an attribute other than PRIVATE was named.",
@@ -357,6 +418,14 @@ MEMORY_FAULT = _reason("MEMORY_FAULT", Kind.REFUSED, "EFAULT",
     "The access does not match the page's attribute, or the slot has no restricted file.",
     "Convert the range, or bind a file; then run the vCPU again.",
     KVM)
+READONLY_SLOT = _reason("READONLY_SLOT", Kind.REFUSED, "EFAULT",
+    "The guest writes to a read-only slot, which makes a vCPU exit as for MMIO.",
+    "Handle the write as a device would.",
+    "Linux Documentation/virt/kvm/api.rst, KVM_MEM_READONLY")
+GUEST_EXCEPTION = _reason("GUEST_EXCEPTION", Kind.REFUSED, "EFAULT",
+    "The access gave the guest an exception that it has no handler for.",
+    "Accept or validate the page first, or give the vCPU a programme that accepts lazily.",
+    "tdx.md §2, snp.md §2")
 HOST_SIGBUS = _reason("HOST_SIGBUS", Kind.REFUSED, "EFAULT",
     "The host touched, through its mapping, a page that is private or past the file: SIGBUS.",
     "Convert the page to shared first.",
@@ -397,6 +466,9 @@ NO_SLOT_NUMBERS = _reason("NO_SLOT_NUMBERS", Kind.INVALID, "EINVAL",
 NO_KEY_SLOTS = _reason("NO_KEY_SLOTS", Kind.EXHAUSTED, "ENOSPC",
     "The platform has no free HKID or ASID.",
     "Destroy a VM of this vendor.")
+QUOTA = _reason("QUOTA", Kind.EXHAUSTED, "EDQUOT",
+    "The tenant would pass one of its limits; nothing was allocated.",
+    "Give something back, or have the operator raise the limit.")
 TOO_MANY = _reason("TOO_MANY", Kind.EXHAUSTED, "ENOSPC",
     "A limit of the daemon is reached.",
     "Let go of some, or ask for fewer at a time.")
@@ -416,9 +488,38 @@ PLUGIN_NONSENSE = _reason("PLUGIN_NONSENSE", Kind.PLUGIN, "EIO",
 PLUGIN_INVALID = _reason("PLUGIN_INVALID", Kind.PLUGIN, "",
     "A plugin could not be registered, and is quarantined.",
     "Correct the hook that is named; the hook reference gives the signature.")
+SWAP_UNSAFE = _reason("SWAP_UNSAFE", Kind.REFUSED, "EBUSY",
+    "Live state of the VM relies on an op, or on a setting, that the new consumer does not have.",
+    "Bring the state that is named to an end, or choose a consumer that has the op.",
+    "rmemd; EBUSY as the kernel says of what is in use and could be free later")
+SWAP_SCHEMA = _reason("SWAP_SCHEMA", Kind.REFUSED, "ENOEXEC",
+    "The state is of another kind or version than the new code takes.",
+    "Swap between code of equal state schema; make a new VM for the other.",
+    "rmemd; ENOEXEC as Linux says of a module that was built for another kernel")
+SWAP_FOREIGN = _reason("SWAP_FOREIGN", Kind.INVALID, "EINVAL",
+    "The consumer belongs to another platform, or makes another kind of VM.",
+    "Choose a variant of the VM's own platform that has what the VM was made with.")
+SWAP_STATE_LEFT = _reason("SWAP_STATE_LEFT", Kind.PLUGIN, "EIO",
+    "After the swap the new consumer's tables did not hold what the old one's held; it was undone.",
+    "Have export_state and import_state carry every table of the consumer.")
+NO_SUCH_PLUGIN = _reason("NO_SUCH_PLUGIN", Kind.NOT_FOUND, "ENOENT",
+    "No plugin of this name is loaded, or installed.",
+    "List the plugins; install the package in the daemon's environment first.")
+PLUGIN_LOADED = _reason("PLUGIN_LOADED", Kind.EXISTS, "EEXIST",
+    "A plugin of this name is loaded already.",
+    "Reload it to have its code anew.",
+    "Linux kernel/module: init_module")
+PLUGIN_IN_USE = _reason("PLUGIN_IN_USE", Kind.REFUSED, "EBUSY",
+    "VMs use the plugin's consumers, so it cannot be unloaded.",
+    "Destroy the VMs that are named.",
+    "Linux kernel/module: delete_module")
 INTERNAL = _reason("INTERNAL", Kind.PLUGIN, "EIO",
     "The daemon failed in a way it has no name for; the transaction was undone.",
     "Report it with the correlation id.")
+JOB_CANCELLED = _reason("JOB_CANCELLED", Kind.CANCELLED, "ECANCELED",
+    "A long job was cancelled, or the daemon ended; what it did before is in the status's details.",
+    "Start it again: what is done already is not done twice.",
+    "AIP-151")
 REVISION_COMPACTED = _reason("REVISION_COMPACTED", Kind.RANGE, "",
     "The events after this revision are no longer kept.",
     "List the objects again and watch from the revision of that reply.")

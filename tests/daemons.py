@@ -14,25 +14,39 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.longrunning import operations_pb2
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from rmem.v1 import consumer_pb2, file_pb2, host_pb2, types_pb2, vcpu_pb2, vm_pb2, watch_pb2
+from rmem.v1 import (
+    consumer_pb2,
+    file_pb2,
+    host_pb2,
+    job_pb2,
+    session_pb2,
+    types_pb2,
+    vcpu_pb2,
+    vm_pb2,
+    watch_pb2,
+)
 from rmem_client import Client
 
 BIN = Path(sys.executable).parent
 PATIENCE_SECONDS = 30.0
-MODULES = (consumer_pb2, file_pb2, host_pb2, vcpu_pb2, vm_pb2, watch_pb2)
+MODULES = (
+    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, vcpu_pb2, vm_pb2,
+    watch_pb2,
+)  # fmt: skip
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
     for module in MODULES
@@ -70,7 +84,8 @@ class Daemon:
         self.directory.mkdir(parents=True, exist_ok=True)
         ready, ready_of_daemon = os.pipe()
         command = [
-            str(BIN / "rmemd"), "serve", "--socket-dir", str(self.socket_dir),
+            str(BIN / "rmemd"), "serve", "--config", os.devnull,
+            "--socket-dir", str(self.socket_dir),
             "--ready-fd", str(ready_of_daemon), *self.options,
         ]  # fmt: skip
         with self._log_path.open("ab") as log:
@@ -231,31 +246,57 @@ class Answer:
 class Rpc:
     """A channel to a daemon's socket."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, token: str = "") -> None:
         self.channel = grpc.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
+        self.metadata = [("rmem-token", token)] if token else []
+
+    @classmethod
+    def over(cls, channel: grpc.Channel) -> Rpc:
+        """Return one over another channel."""
+        made = cls.__new__(cls)
+        made.channel, made.metadata = channel, []
+        return made
 
     def close(self) -> None:
         """Close the channel."""
         self.channel.close()
 
-    def call(self, name: str, request: Message | None = None, deadline: float = 20.0) -> Answer:
-        """Call a method with a message of its type."""
+    def call(
+        self,
+        name: str,
+        request: Message | None = None,
+        deadline: float = 20.0,
+        metadata: Sequence[tuple[str, str]] = (),
+        **fields: Any,
+    ) -> Answer:
+        """Call a method with a message of its type, or one made of fields."""  # fmt: skip
         if request is None:
-            request = GetMessageClass(METHODS[name].input_type)()
-        return self.call_raw(name, request.SerializeToString(), deadline)
+            request = GetMessageClass(METHODS[name].input_type)(**fields)
+        return self.call_raw(name, request.SerializeToString(), deadline, metadata)
 
-    def call_raw(self, name: str, data: bytes, deadline: float = 20.0) -> Answer:
+    def call_raw(
+        self,
+        name: str,
+        data: bytes,
+        deadline: float = 20.0,
+        metadata: Sequence[tuple[str, str]] = (),
+    ) -> Answer:
         """Call a method with bytes; of a stream, take the first message."""
+        sent = [*self.metadata, *metadata]
         method = METHODS[name]
         path = f"/{method.containing_service.full_name}/{name}"
         decode = GetMessageClass(method.output_type).FromString
         try:
             if method.server_streaming:
-                stream = self.channel.unary_stream(path, None, decode)(data, timeout=deadline)
+                stream = self.channel.unary_stream(path, None, decode)(
+                    data, timeout=deadline, metadata=sent
+                )
                 reply = next(stream)
                 stream.cancel()
             else:
-                reply = self.channel.unary_unary(path, None, decode)(data, timeout=deadline)
+                reply = self.channel.unary_unary(path, None, decode)(
+                    data, timeout=deadline, metadata=sent
+                )
         except grpc.RpcError as error:
             return _refused(name, error)
         return Answer(name, grpc.StatusCode.OK, reply=reply)

@@ -5,12 +5,23 @@ Each class is a platform; import the module with plugins/template on the path.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from rmemd.hooks import AccessAnswer, Content, PageStates, Variant, Why, hookimpl
-from rmemd_template import MAPPED, NONE, TemplateGuest, TemplatePlatform
+from rmemd.hooks import (
+    AccessAnswer,
+    Content,
+    PageStates,
+    State,
+    Variant,
+    Why,
+    export_tables,
+    hookimpl,
+    import_tables,
+)
+from rmemd_template import MAPPED, NONE, SCHEMA, TemplateGuest, TemplatePlatform
 
 
 class _Mutant(TemplatePlatform):
@@ -22,9 +33,14 @@ class _Mutant(TemplatePlatform):
 
     @hookimpl
     def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
-        key = tx.new_key()
-        tx.use_key(key)
-        return self.guest(vm, self.owners, key)
+        return self.launched(vm, tx, plain=False)
+
+    def launched(self, vm: Any, tx: Any, plain: bool) -> object:
+        guest = self.guest(vm, self.owners)
+        if not vm.importing:
+            tx.set(guest.facts, "key", tx.new_key(plain=plain))
+            tx.use_key(guest.key)
+        return guest
 
 
 class ForgetsToRelocate(_Mutant):
@@ -86,9 +102,7 @@ class MakesNoiseOfPlainBytes(_Mutant):
 
     @hookimpl
     def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
-        key = tx.new_key(plain=True)
-        tx.use_key(key)
-        return self.guest(vm, self.owners, key)
+        return self.launched(vm, tx, plain=True)
 
 
 class KeepsStateInAttributes(_Mutant):
@@ -131,5 +145,50 @@ class RunsOutOfKeys(_Mutant):
     @hookimpl
     def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
         assert len(self.slots) < 20, "no slot is left"
-        tx.set(self.slots, vm.vm, True)
+        if not vm.importing:
+            tx.set(self.slots, vm.vm, True)
         return super().make_consumer(vm, tx, variant, config)
+
+
+class LeavesStateBehind(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def export_state(self) -> Any:
+            return export_tables(*SCHEMA, self.facts)
+
+        @hookimpl
+        def import_state(self, tx: Any, state: Any) -> None:
+            import_tables(tx, state, *SCHEMA, self.facts)
+
+
+class TakesAnybodysState(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def import_state(self, tx: Any, state: Any) -> None:
+            import_tables(tx, replace(state, kind=SCHEMA[0], version=SCHEMA[1]), *SCHEMA,
+                          self.entries, self.facts)  # fmt: skip
+
+
+class TakesAKeyAgain(_Mutant):
+    """It takes what is the host's at every swap: the frames' owners are not what they were."""
+
+    @hookimpl
+    def start(self, host: Any) -> None:
+        super().start(host)
+        self.slots = host.records("slots")
+
+    @hookimpl
+    def make_consumer(self, vm: Any, tx: Any, variant: Any, config: Any) -> object:
+        tx.set(self.slots, len(self.slots), vm.vm)
+        return super().make_consumer(vm, tx, variant, config)
+
+
+class ExportsItsOwnClass(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def export_state(self) -> Any:
+            return Mine(*SCHEMA, {})
+
+
+class Mine(State):
+    pass

@@ -10,9 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from daemons import Answer, Rpc
+from google.longrunning import operations_pb2
 from google.protobuf.message import Message
 
-from rmem.v1 import consumer_pb2, file_pb2, host_pb2, types_pb2, vcpu_pb2, vm_pb2, watch_pb2
+from rmem.v1 import (
+    consumer_pb2,
+    file_pb2,
+    host_pb2,
+    session_pb2,
+    types_pb2,
+    vcpu_pb2,
+    vm_pb2,
+    watch_pb2,
+)
 
 PAGE = 4096
 PRIVATE = 8
@@ -71,6 +81,32 @@ class World:
             file=self.tdx.file, mode=1, offset_bytes=8 * PAGE, length_bytes=4 * PAGE
         )
         self.must("Fallocate", allocate)
+        self.open_sessions()
+
+    def open_sessions(self) -> None:
+        """Open a session with a lease, one of a guest, and one of a device below the first."""
+        opened = self.rpc.call("OpenSession", lease_seconds=3600).reply
+        self.session, self.token = opened.session.session, opened.token
+        self.guest_token = self._redeemed(role=session_pb2.ROLE_GUEST, vm=self.sw.vm)
+        grant = session_pb2.Grant(file=self.sw.file, offset_bytes=0, length_bytes=PAGE)
+        self._redeemed(role=session_pb2.ROLE_DEVICE, grants=[grant])
+
+    def _redeemed(self, **fields: Any) -> str:
+        mine = [("rmem-token", self.token)]
+        ticket = self.rpc.call("CreateTicket", metadata=mine, **fields).reply.ticket
+        return str(self.rpc.call("OpenSession", lease_seconds=3600, ticket=ticket).reply.token)
+
+    def sent_with(self, name: str) -> list[tuple[str, str]]:
+        """Return the metadata that a valid call needs: the token of a session whose call it is."""
+        token = {
+            "RenewSession": self.token, "ReadGuest": self.guest_token,
+            "WriteGuest": self.guest_token,
+        }.get(name)  # fmt: skip
+        return [("rmem-token", token)] if token else []
+
+    def operation(self) -> str:
+        """Start a job and return its operation's name."""
+        return str(self.must("StartCompact").name)
 
     def guest(self, consumer: str, npages: int = 32, flags: int | None = None) -> Guest:
         """Make a VM with a file, a slot and a vCPU."""
@@ -108,6 +144,7 @@ class World:
             "pin": [self.pin],
             "rule": [self.rule],
             "vcpu": [0],
+            "session": [self.session],
         }[field]
 
     def valid(self, name: str) -> Message:
@@ -190,6 +227,38 @@ class World:
             "Finalize": lambda: vm_pb2.FinalizeRequest(vm=tdx.vm),
             "PreFault": lambda: vm_pb2.PreFaultRequest(vm=sw.vm, size_bytes=2 * PAGE, trace=True),
             "Watch": lambda: watch_pb2.WatchRequest(kinds=["vm_created"]),
+            "SwapConsumer": lambda: vm_pb2.SwapConsumerRequest(vm=tdx.vm, consumer="tdx-today"),
+            "LoadPlugins": lambda: consumer_pb2.LoadPluginsRequest(),
+            "UnloadPlugin": lambda: consumer_pb2.UnloadPluginRequest(name="null"),
+            "ReloadPlugin": lambda: consumer_pb2.ReloadPluginRequest(name="null"),
+            "ListPins": lambda: file_pb2.ListPinsRequest(file=sw.file),
+            "GetWaitGraph": lambda: host_pb2.GetWaitGraphRequest(),
+            "ReadGuest": lambda: vcpu_pb2.ReadGuestRequest(
+                vm=sw.vm, gpa=0, length_bytes=16, private=False
+            ),
+            "WriteGuest": lambda: vcpu_pb2.WriteGuestRequest(
+                vm=sw.vm, gpa=0, data=b"0123456789abcdef", private=False
+            ),
+            "WhoAmI": lambda: session_pb2.WhoAmIRequest(),
+            "OpenSession": lambda: session_pb2.OpenSessionRequest(lease_seconds=60),
+            "RenewSession": lambda: session_pb2.RenewSessionRequest(),
+            "CloseSession": lambda: session_pb2.CloseSessionRequest(session=self.session),
+            "ListSessions": lambda: session_pb2.ListSessionsRequest(),
+            "CreateTicket": lambda: session_pb2.CreateTicketRequest(
+                role=session_pb2.ROLE_DEVICE,
+                grants=[session_pb2.Grant(file=sw.file, length_bytes=PAGE)],
+            ),
+            "RevokeGrants": lambda: session_pb2.RevokeGrantsRequest(
+                file=sw.file, length_bytes=PAGE
+            ),
+            "StartMigrate": lambda: self.valid("Migrate"),
+            "StartCompact": lambda: host_pb2.CompactRequest(node=0),
+            "StartOffline": lambda: host_pb2.OfflineRequest(pfns=some),
+            "ListOperations": lambda: operations_pb2.ListOperationsRequest(name="operations"),
+            "GetOperation": lambda: operations_pb2.GetOperationRequest(name=self.operation()),
+            "WaitOperation": lambda: operations_pb2.WaitOperationRequest(name=self.operation()),
+            "CancelOperation": lambda: operations_pb2.CancelOperationRequest(name=self.operation()),
+            "DeleteOperation": lambda: operations_pb2.DeleteOperationRequest(name=self.operation()),
         }[name]
         request: Message = make()
         return request
@@ -201,12 +270,15 @@ def whole_state(rpc: Rpc) -> dict[str, Any]:
     The page map is of every frame, vendor states included.
     """
     state: dict[str, Any] = {}
-    for name in ("GetHost", "ListVms", "ListFiles", "ListFaultRules", "GetAccounting"):
+    for name in (
+        "GetHost", "ListVms", "ListFiles", "ListFaultRules", "GetAccounting", "ListSessions",
+        "ListPins", "ListConsumers",
+    ):  # fmt: skip
         answer = rpc.call(name)
         assert answer.ok, f"{name}: {answer.message}"
         answer.reply.ClearField("revision")
         if name == "GetHost":
-            answer.reply.daemon_rss_bytes = 0
+            answer.reply.daemon_rss_bytes = answer.reply.daemon_fds = 0
         state[name] = answer.reply
     pfn, runs = 0, []
     while True:

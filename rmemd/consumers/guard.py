@@ -16,6 +16,7 @@ import numpy as np
 
 from rmemd.errors import PLUGIN_NONSENSE, PLUGIN_RAISED, REASONS, RmemError
 from rmemd.hooks.ops import NotifierOps, PlatformOps
+from rmemd.hooks.state import State, is_sound
 from rmemd.hooks.tx import Held, HookServices, HookTx, Tx
 from rmemd.hooks.types import (
     HOST_VIEWS,
@@ -44,12 +45,15 @@ class Guard:
         deadline_seconds: how long a hook may take.
         overdue: (vm, hook, seconds) of overdue calls, until the engine has frozen their VMs.
         report: told of a plugin's fault with its traceback at hand; the daemon logs it.
+        calls, overdue_calls: hooks called, and those that took too long, since the start.
     """
 
     clock: Callable[[], float]
     deadline_seconds: float = DEADLINE_SECONDS
     overdue: list[tuple[int, str, float]] = field(default_factory=list)
     report: Callable[[str, BaseException], None] = lambda where, error: None
+    calls: int = 0
+    overdue_calls: int = 0
 
     def call(self, vm: int, where: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a hook.
@@ -70,7 +74,9 @@ class Guard:
             raise PLUGIN_RAISED(f"{where} raised {type(error).__name__}", where=where) from error
         finally:
             took = self.clock() - begun
+            self.calls += 1
             if took > self.deadline_seconds:
+                self.overdue_calls += 1
                 self.overdue.append((vm, where, took))
 
 
@@ -147,6 +153,26 @@ class Consumer:
             raise _nonsense(where, answer)
         states: PageStates = answer
         return states
+
+    def export_state(self, tx: Tx) -> State:
+        """Return what the consumer keeps; call only if the op is not NULL.
+
+        Raises:
+            RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
+        """
+        where = f"{self.name}.export_state"
+        injected = self._services.injected(tx, self.vm, "export_state")
+        if injected:
+            raise _injected(where, injected)
+        answer = self._guard.call(self.vm, where, self.ops.export_state or _absent)
+        if not _sound(lambda state, _: is_sound(state), answer, ()):
+            raise _nonsense(where, answer)
+        # the mapping may be of the plugin's own class; the state must outlive that
+        return State(answer.kind, answer.version, dict(answer.tables))
+
+
+def _absent() -> None:
+    """Answer nonsense for a hook that is not there."""
 
 
 def _injected(where: str, error: str) -> RmemError:
@@ -227,6 +253,7 @@ _ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
     "guest_access": _access,
     "guest_call": _called,
     "error": _of(str),
+    "import_state": _nothing,
 }
 _PLATFORM_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
     "make_consumer": lambda answer, _: answer is not None,

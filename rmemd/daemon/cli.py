@@ -1,27 +1,26 @@
 """The command ``rmemd``: options, signals, exit codes.
 
 Owns the command line. Exit codes: 2 usage, as click's programs have it; then those of sysexits: 73
-cannot create, 75 another daemon serves the directory, 77 unsafe directory.
+cannot create, 75 another daemon serves the directory, 77 unsafe directory, 78 configuration.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from rmemd.daemon import logs
-from rmemd.daemon.sockets import AlreadyServed, UnsafeDirectory, default_socket_dir
+if TYPE_CHECKING:
+    from rmemd.daemon.app import Daemon
+    from rmemd.daemon.configload import Loaded, Sources
 
-EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM = 73, 75, 77
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-MEMORY_MAX = 1 << 44
+EX_USAGE, EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 2, 73, 75, 77, 78
 
 
 class Size(click.ParamType[int]):
@@ -33,10 +32,12 @@ class Size(click.ParamType[int]):
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> int:
         """Return the bytes."""
-        match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
-        if match is None:
+        from rmemd.daemon.values import size_of
+
+        try:
+            return size_of(value)
+        except ValueError:
             self.fail(f"{value!r} is not a size such as 16G", param, ctx)
-        return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,61 +46,117 @@ def main() -> None:
     """rmemd, a plugin-based mock hypervisor daemon: no hardware isolation."""
 
 
+def _sources(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that say where its configuration is."""
+    command = click.option(
+        "--set", "sets", multiple=True, metavar="KEY=VALUE",
+        help="Override a key, as in daemon.nodes=2; repeatable.",
+    )(command)  # fmt: skip
+    return click.option(
+        "--config", "file", type=click.Path(path_type=Path),
+        help="Configuration. Default: $XDG_CONFIG_HOME/rmemd/rmemd.toml, /etc/rmemd/rmemd.toml "
+        "for root; it may be absent.",
+    )(command)  # fmt: skip
+
+
 @main.command()
+@_sources
 @click.option(
-    "--socket-dir", type=click.Path(path_type=Path), help="Private directory to serve in."
+    "--socket-dir", type=click.Path(), help="Private directory to serve in.  [daemon.socket_dir]"
 )
 @click.option("--ready-fd", type=int, help="Descriptor that gets a line once the daemon serves.")
+@click.option("--host-memory", type=Size(), help="Mock host memory.  [daemon.host_memory: 16G]")
+@click.option("--nodes", type=click.IntRange(1, 64), help="NUMA nodes.  [daemon.nodes: 1]")
+@click.option("--seed", type=int, help="Seed of every key.  [daemon.seed: 0]")
 @click.option(
-    "--host-memory", type=Size(), default="16G", show_default=True, help="Mock host memory."
-)
-@click.option(
-    "--nodes", type=click.IntRange(1, 64), default=1, show_default=True, help="NUMA nodes."
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every key.")
-@click.option(
-    "--linux-release", type=click.Choice(["6.18", "7.2"]), default="6.18", show_default=True,
-    help="Whose errno to give where releases differ.",
+    "--linux-release", type=click.Choice(["6.18", "7.2"]),
+    help="Whose errno to give where releases differ.  [daemon.linux_release: 6.18]",
 )  # fmt: skip
 @click.option(
-    "--hook-deadline", type=click.FloatRange(min=0.001), default=2.0, show_default=True,
-    help="Seconds after which a hook freezes its VM.",
+    "--hook-deadline", type=click.FloatRange(min=0.001),
+    help="Seconds after which a hook freezes its VM.  [daemon.hook_deadline_seconds: 2]",
 )  # fmt: skip
 @click.option(
-    "--log-level", type=click.Choice(list(logs.LEVELS)), default="info", show_default=True
+    "--log-level", type=click.Choice(["debug", "info", "warning"]),
+    help="The least that is logged.  [daemon.log_level: info]",
+)  # fmt: skip
+@click.option(
+    "--log-json/--log-console", default=None,
+    help="Default: console on a tty.  [daemon.log_format: auto]",
+)  # fmt: skip
+@click.option("--tcp", metavar="HOST:PORT", help="Serve over TCP too.  [tcp.listen]")
+@click.option(
+    "--insecure", is_flag=True, help="Without TLS, on loopback only.  [tcp.insecure: false]"
 )
-@click.option("--log-json/--log-console", default=None, help="Default: console on a tty.")
-def serve(
-    socket_dir: Path | None,
-    ready_fd: int | None,
-    host_memory: int,
-    nodes: int,
-    seed: int,
-    linux_release: str,
-    hook_deadline: float,
-    log_level: str,
-    log_json: bool | None,
-) -> None:
-    """Serve until SIGTERM or SIGINT; a second signal ends at once."""
+def serve(file: Path | None, sets: tuple[str, ...], ready_fd: int | None, **options: Any) -> None:
+    """Serve until SIGTERM or SIGINT; a second signal ends at once. SIGHUP reads the configuration
+    anew. Options override --set, which overrides the file; in brackets: the key, and its default.
+    """
     # Start-up only adds objects, and all of them stay: nothing to collect now, nor to go over later
     gc.disable()
-    # imported here, so that --help is answered without NumPy and gRPC
-    from rmemd.units import PAGE_SIZE, PMD_PAGES
+    # imported where they are needed, so that --help is answered without NumPy and gRPC
+    from rmemd.daemon import logs
+    from rmemd.daemon.configload import Sources
 
-    if not nodes * PMD_PAGES * PAGE_SIZE <= host_memory <= MEMORY_MAX:
-        raise click.UsageError("--host-memory is 2M a node at least, and 16T at most")
-    if not -(1 << 63) <= seed < 1 << 63:
-        raise click.UsageError("--seed is a 64-bit number")
+    sources = Sources(file, sets, _overrides(options))
+    loaded = _load(sources)
+    settings = loaded.config.daemon
     # nobody else's: directories that are made first, then the socket and the lock
     os.umask(0o077)
-    logs.configure(log_level, log_json)
-    from rmemd.daemon.app import Daemon, Settings
-
-    settings = Settings(
-        socket_dir or default_socket_dir(), host_memory, nodes, seed, linux_release, hook_deadline
+    logs.configure(
+        settings.log_level, {"json": True, "console": False, "auto": None}[settings.log_format]
     )
+    from rmemd.daemon.hardening import harden
+
+    harden(settings.debuggable)
+    daemon = _started(loaded, sources, ready_fd)
+    gc.freeze()
+    gc.enable()
+    daemon.wait()
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, tuple[str, object]]:
+    """Return the options that were given, by the key that each overrides."""
+    if options["log_json"] is not None:
+        options["log_json"] = "json" if options["log_json"] else "console"
+    keys = {
+        "socket_dir": ("daemon.socket_dir", "--socket-dir"),
+        "host_memory": ("daemon.host_memory", "--host-memory"),
+        "nodes": ("daemon.nodes", "--nodes"),
+        "seed": ("daemon.seed", "--seed"),
+        "linux_release": ("daemon.linux_release", "--linux-release"),
+        "hook_deadline": ("daemon.hook_deadline_seconds", "--hook-deadline"),
+        "log_level": ("daemon.log_level", "--log-level"),
+        "log_json": ("daemon.log_format", f"--log-{options['log_json']}"),
+        "tcp": ("tcp.listen", "--tcp"),
+        "insecure": ("tcp.insecure", "--insecure"),
+    }
+    return {
+        key: (option, options[name])
+        for name, (key, option) in keys.items()
+        if options[name] not in (None, False)
+    }
+
+
+def _load(sources: Sources) -> Loaded:
+    """Return the configuration, or end with everything that is wrong with it."""
+    from rmemd.daemon.configload import ConfigError
+
     try:
-        daemon = Daemon(settings)
+        return sources.load()
+    except ConfigError as error:
+        for problem in error.problems:
+            click.echo(f"rmemd: {problem}", err=True)
+        sys.exit(EX_USAGE if error.is_usage else EX_CONFIG)
+
+
+def _started(loaded: Loaded, sources: Sources, ready_fd: int | None) -> Daemon:
+    from rmemd.daemon.app import Daemon
+    from rmemd.daemon.sockets import AlreadyServed, UnsafeDirectory
+    from rmemd.daemon.telemetry import ExtraMissing
+
+    try:
+        daemon = Daemon(loaded.config, sources)
         os.umask(0o177)
         _on_signals(daemon.stop, daemon.wakeup_fd)
         daemon.start(ready_fd)
@@ -107,25 +164,101 @@ def serve(
         _fail(error, EX_TEMPFAIL)
     except UnsafeDirectory as error:
         _fail(error, EX_NOPERM)
+    except ExtraMissing as error:
+        _fail(error, EX_CONFIG)
     except (OSError, RuntimeError) as error:
         _fail(error, EX_CANTCREAT)
-    else:
-        gc.freeze()
-        gc.enable()
-        daemon.wait()
+    return daemon
 
 
 def _on_signals(stop: Callable[[], None], wakeup_fd: int) -> None:
-    def handle(number: int, frame: object) -> None:
+    def end(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         stop()
 
-    signal.set_wakeup_fd(wakeup_fd)
+    # full of reloads that are still to be done: one more says nothing new
+    signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
+        signal.signal(number, end)
+    # the byte that the system puts into the pipe is all there is to do; it needs a handler to be
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _fail(error: Exception, code: int) -> NoReturn:
     click.echo(f"rmemd: {error}", err=True)
     sys.exit(code)
+
+
+# --- rmemd config ---------------------------------------------------------------------------------
+@main.group()
+def config() -> None:
+    """What the daemon is told: docs/configuration.md has every key."""
+
+
+@config.command()
+@_sources
+def check(file: Path | None, sets: tuple[str, ...]) -> None:
+    """Say everything that is wrong with a configuration; exit with 78 if anything is."""
+    from rmemd.daemon.configload import Sources
+
+    loaded = _load(Sources(file, sets))
+    click.echo(f"{loaded.file or 'no file'}: valid")
+
+
+@config.command()
+@_sources
+def dump(file: Path | None, sets: tuple[str, ...]) -> None:
+    """Write the settings in effect as TOML, each with where it is from."""
+    from rmemd.daemon.configload import Sources
+    from rmemd.daemon.configshow import dump as text
+
+    click.echo(text(_load(Sources(file, sets))), nl=False)
+
+
+@config.command()
+def schema() -> None:
+    """Write the JSON schema of the file."""
+    from rmemd.daemon.configshow import schema as text
+
+    click.echo(text())
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--server", "servers", multiple=True, metavar="NAME",
+    help="Name or address of the server, beside localhost, 127.0.0.1 and ::1; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--client", "clients", multiple=True, metavar="SPIFFE-ID",
+    help="A client, as in spiffe://rmemd.test/tenant/a; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--days", type=click.IntRange(1, 3650), default=30, show_default=True, help="How long valid."
+)
+@click.option(
+    "--expired", multiple=True, metavar="SPIFFE-ID",
+    help="A client whose certificate is out of date already; repeatable.",
+)  # fmt: skip
+@click.option("--force", is_flag=True, help="Overwrite files that exist.")
+def certs(
+    directory: Path,
+    servers: tuple[str, ...],
+    clients: tuple[str, ...],
+    days: int,
+    expired: tuple[str, ...],
+    force: bool,
+) -> None:
+    """Make a test CA, a server certificate and client certificates in DIRECTORY, and write the
+    lines for rmemd.toml. The CA's key stays there too: not for production.
+    """
+    from rmemd.daemon.certs import CertificateError, Wanted, make
+
+    try:
+        made = make(directory, Wanted(servers, clients, days, expired, force))
+    except (CertificateError, OSError) as error:
+        _fail(error, EX_CANTCREAT)
+    for certificate, key in made.files.values():
+        click.echo(f"# {certificate} and {key.name}")
+    click.echo(made.toml)

@@ -27,18 +27,19 @@ def rmemd_in_process(rmemd_options: Options) -> Iterator[Daemon]:
     import tempfile
     from pathlib import Path
 
-    from rmemd.daemon.app import Daemon, Settings
+    from rmemd.daemon.app import Daemon
+    from rmemd.daemon.config import Config, DaemonSection
     from rmemd.units import PAGE_SIZE
 
     # pytest's own tmp_path can be longer than a socket's path may be
     with tempfile.TemporaryDirectory(prefix="rmemd-") as directory:
-        settings = Settings(
-            Path(directory),
-            rmemd_options.nframes * PAGE_SIZE,
-            rmemd_options.nnodes,
-            rmemd_options.seed,
+        settings = DaemonSection(
+            socket_dir=Path(directory),
+            host_memory_bytes=rmemd_options.nframes * PAGE_SIZE,
+            nodes=rmemd_options.nnodes,
+            seed=rmemd_options.seed,
         )
-        daemon = Daemon(settings)
+        daemon = Daemon(Config(daemon=settings))
         try:
             daemon.start()
             yield daemon

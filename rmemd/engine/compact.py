@@ -36,7 +36,7 @@ class Offlined:
     offline: int
 
 
-def compact(core: Core, node: int) -> Steps[Compacted]:
+def compact(core: Core, node: int, report: Report) -> Steps[Compacted]:
     """Move pages of a node together, to regain free 2 MiB blocks."""
     if not 0 <= node < len(core.host.nodes):
         raise BAD_NODE(f"no node {node}", field="node")
@@ -47,9 +47,10 @@ def compact(core: Core, node: int) -> Steps[Compacted]:
     used = (rows != Use.FREE).sum(axis=1)
     movable = movable_frames(core, pages(where.first, where.npages)).reshape(-1, PMD_PAGES)
     fixed = ((rows != Use.FREE) & ~movable).any(axis=1)
-    report = Report()
     _note_unmovable(core, where.first, rows, movable, fixed, report)
+    report.done = report.count(Outcome.UNMOVABLE)
     src, dst = _plan(rows, used, fixed)
+    report.total = report.done + src.size
     yield from migrate_to(core, src + where.first, dst + where.first, (node,), report)
     after = buddy.free_2m_blocks(core.host, where)
     return Compacted(report, before, after, int((fixed & (used < PMD_PAGES)).sum()))
@@ -112,10 +113,9 @@ def _note_unmovable(
         report.failed(mine, Outcome.UNMOVABLE, vm, np.full(mine.size, -1), why)
 
 
-def offline(core: Core, start: int, npages: int) -> Steps[Offlined]:
+def offline(core: Core, start: int, npages: int, report: Report) -> Steps[Offlined]:
     """Empty a range of frames and take it out of use; what cannot move stays and is named."""
     pfns = frame_range(core, start, npages, "pfns")
-    report = Report()
     used = pfns[core.host.owner.get(pfns) != 0]
     others = tuple(node.node for node in core.host.nodes)
     done = yield from core.unit(lambda: _take_free(core, pfns))

@@ -246,11 +246,12 @@ def _require_unreferenced(core: Core, vm: Vm, pgoffs: I64, pfns: I64) -> None:
     extra = held_by_others(core, vm, pfns)
     if extra.any():
         at = int(np.flatnonzero(extra)[0])
-        raise FOLIO_BUSY(
+        refusal = FOLIO_BUSY(
             f"pgoff {int(pgoffs[at]):#x} is referenced",
             page=f"pgoff {int(pgoffs[at]):#x}", state="shared", rule=RULE_IN_PLACE,
             holders=core.ledger.holders(int(pfns[at])), error_offset=int(pgoffs[at]) * PAGE_SIZE,
         )  # fmt: skip
+        raise core.waits.refused(refusal, int(pfns[at]))
 
 
 def _remap(

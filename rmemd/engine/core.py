@@ -17,9 +17,14 @@ from typing import Any, TypeVar, cast
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
+from rmemd.engine.cancel import Cancelled, never
 from rmemd.engine.fairlock import FairLock
 from rmemd.engine.faultrules import FaultRules
 from rmemd.engine.journal import Journal
+from rmemd.engine.listeners import Listeners
+from rmemd.engine.pendingfaults import PendingFaults
+from rmemd.engine.quotas import Quotas
+from rmemd.engine.waits import RANGE, GaveUp, Operation, Retry, WaitFor, Waits, pages_text
 from rmemd.errors import NO_SUCH_VM
 from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Held, Tx
@@ -27,6 +32,8 @@ from rmemd.model.buddy import give
 from rmemd.model.files import Files, RestrictedFile
 from rmemd.model.host import ARENA, Host, Use
 from rmemd.model.ledger import Ledger
+from rmemd.model.sessions import Sessions
+from rmemd.model.userfaults import Userfaults
 from rmemd.model.vms import Vcpu, Vm, Vms
 from rmemd.store.controller import Contents, MemoryController
 from rmemd.store.memfd import Memfd
@@ -44,20 +51,20 @@ class Step:
     ``tx`` set: its byte operations (and ``work``, which answers with contents) are done without
     the lock, with the transaction suspended. ``work`` alone: done without the lock. Neither: a
     pause, named so that a test can hold the operation there. ``wait``: wait until something
-    changed.
+    changed; ``on`` tells the wait graph what for. An ``interruptible`` one says in ``cancelled``
+    that the caller has gone, instead of waiting on.
     """
 
     name: str
     tx: Tx | None = None
     work: Callable[[], list[Contents] | None] | None = None
     wait: bool = False
+    on: WaitFor | None = None
+    interruptible: bool = False
+    cancelled: bool = False
 
 
 Steps = Generator[Step, None, T]
-
-
-class Retry(Exception):
-    """The range is in progress elsewhere: undo, wait until something changed, begin again."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ class Options:
 
 @dataclass
 class _Ranges:
-    """Ranges in progress of one VM or file, and its invalidate sequence."""
+    """Ranges in progress of one VM or file with whose they are, and its invalidate sequence."""
 
-    busy: list[tuple[int, int]] = field(default_factory=list)
+    busy: list[tuple[int, int, Operation]] = field(default_factory=list)
     sequence: int = 0
 
 
@@ -90,24 +97,34 @@ class Core:
     """State, stores and the rules by which they are changed.
 
     Attributes:
+        leaving: VMs whose session ends; their vCPUs exit.
+        quotas: the limits of tenants.
+        listeners: who is told of what happens to a session.
         hold: told of each step between two transactions; a test holds operations there.
         breathe: called in a pause, without the lock; the daemon lets other threads in there.
+        scrubbed_frames: frames whose bytes were destroyed since the start; a measure, not state.
+        waits: who waits for whom.
     """
 
     def __init__(self, options: Options, guard: Guard) -> None:
         self.options = options
         self.space = Space()
         self.journal = Journal(options.kept_records)
+        self.waits = Waits(self.journal)
         self.rules = FaultRules()
         self.guard = guard
         self.consumers: dict[int, Consumer] = {}
         self.running: set[tuple[int, int]] = set()
         self.draining = False
+        self.leaving: set[int] = set()
+        self.quotas = Quotas()
+        self.listeners = Listeners()
         self.hold: Callable[[str], None] | None = None
         self.breathe: Callable[[], None] = lambda: None
         self._changed = threading.Condition(cast("threading.RLock", FairLock()))
         self._ranges: dict[tuple[str, int], _Ranges] = {}
         self._scrub: list[I64] = []
+        self.scrubbed_frames = 0
         self._shared: dict[int, Memfd] = {}
         self.registry = Registry(self.space, guard, self)
         tx = Tx(self.space, "start")
@@ -115,24 +132,45 @@ class Core:
         self.ledger = Ledger(self.host, tx)
         self.files = Files(self.space, tx)
         self.vms = Vms(self.space, tx)
+        self.sessions = Sessions(tx)
+        self.userfaults = Userfaults(tx)
+        self.pending_faults = PendingFaults(self.userfaults)
         self.registry.load_installed(tx, options.nframes)
         self.journal.append(tx)
         self.controller = MemoryController(self.host, options.seed)
 
     # --- running operations ------------------------------------------------------------------
-    def run(self, operation: Callable[[], Steps[T]]) -> T:
-        """Run an operation to its end and return its result."""
+    def run(
+        self,
+        operation: Callable[[], Steps[T]],
+        who: str = "",
+        named_by: object = None,
+        cancelled: Callable[[], bool] = never,
+    ) -> T:
+        """Run an operation to its end and return its result.
+
+        Args:
+            operation: makes its steps.
+            who: its name in the wait graph; default: "call N" and the method of the engine that
+                made ``named_by`` (default: ``operation``).
+            named_by: see ``who``.
+            cancelled: whether the caller has gone; a wait that can be interrupted then is. Unless
+                it is a ``Cancelled``, whoever makes it true must call ``wake``.
+        """
         with self._changed:
+            before = self.waits.current
+            mine = self.waits.begin(who, named_by or operation)
             steps = self.and_scrub(operation)
             try:
                 step = next(steps)
                 while True:
-                    step = self._take(steps, step)
+                    step = self._take(steps, step, mine, cancelled)
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
                 steps.close()
+                self.waits.end(mine, before)
                 self._changed.notify_all()
 
     def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
@@ -159,14 +197,24 @@ class Core:
     def wake(self) -> None:
         """Have everybody who waits look again."""
         with self._changed:
-            self._changed.notify_all()
+            self.wake_waiting()
 
-    def _take(self, steps: Steps[T], step: Step) -> Step:
+    def wake_waiting(self) -> None:
+        """Have everybody who waits look again, from within an operation."""
+        self._changed.notify_all()
+
+    def _take(
+        self, steps: Steps[T], step: Step, mine: Operation, cancelled: Callable[[], bool]
+    ) -> Step:
         try:
             if step.tx is not None:
                 self._move_bytes(step)
             elif step.wait:
-                self._changed.wait()
+                if step.interruptible:
+                    step.cancelled = self._has_gone(cancelled)
+                if not step.cancelled:
+                    with self.waits.waiting(mine, step.on or WaitFor("", step.name)):
+                        self._changed.wait()
             else:
                 with self._unlocked():
                     if self.hold is not None:
@@ -176,8 +224,17 @@ class Core:
                     else:
                         self.breathe()
         except Exception as error:
+            self.waits.current = mine
             return steps.throw(error)
+        # others ran while the lock was let go
+        self.waits.current = mine
         return steps.send(None)
+
+    def _has_gone(self, cancelled: Callable[[], bool]) -> bool:
+        # subscribed before asked, so that a caller who goes in between is not missed
+        if isinstance(cancelled, Cancelled):
+            cancelled.wake(self.wake)
+        return cancelled()
 
     def _move_bytes(self, step: Step) -> None:
         tx = step.tx
@@ -187,7 +244,7 @@ class Core:
             self.controller.apply(tx, self._perform(tx))
             return
         tx.suspend()
-        with self._unlocked():
+        with self.waits.holding(tx), self._unlocked():
             if self.hold is not None:
                 self.hold(step.name)
             contents = self._perform(tx)
@@ -231,21 +288,44 @@ class Core:
                 tx.rollback()
             raise
         if tx.redo or tx.events:
+            self._name_tenants(tx)
             self.journal.append(tx)
+            if self.pending_faults.waiting:
+                self.pending_faults.settle()
         self._scrub.extend(tx.freed)
 
-    def unit(self, make: Callable[[], Steps[T]]) -> Steps[T]:
-        """Run one transaction's steps, again from the start while others are in its way."""
+    def _name_tenants(self, tx: Tx) -> None:
+        """Have each event say whose it is, so that nobody else is told."""
+        for _, fields in tx.events:
+            if "tenant" not in fields:
+                vm, file = fields.get("vm", 0), fields.get("file", 0)
+                if vm and self.vms.exists(vm):
+                    fields["tenant"] = self.vms.get(vm).info.owner.tenant
+                elif file and self.files.exists(file):
+                    fields["tenant"] = self.files.get(file).info.owner.tenant
+
+    def unit(
+        self, make: Callable[[], Steps[T]], give_up: Callable[[], bool] = lambda: False
+    ) -> Steps[T]:
+        """Run one transaction's steps, again from the start while others are in its way.
+
+        Raises:
+            GaveUp: ``give_up`` said so, after a wait.
+        """
         while True:
             try:
                 return (yield from make())
-            except (Held, Retry):
-                yield Step("wait", wait=True)
+            except (Held, Retry) as met:
+                on = self.waits.obstacle(met)
+            if give_up():
+                raise GaveUp
+            yield Step("wait", wait=True, on=on)
 
     def scrub(self) -> Steps[None]:
         """Destroy the bytes of frames whose freeing is recorded, then give the frames back."""
         while self._scrub:
             pfns = self._scrub.pop()
+            self.scrubbed_frames += pfns.size
             yield Step("scrub", work=partial(self.controller.punch, pfns))
             yield from self.unit(partial(self._give_back, pfns))
 
@@ -270,25 +350,34 @@ class Core:
     def in_progress(self, kind: str, number: int, start: int, npages: int) -> Iterator[None]:
         """Mark a range of a "vm" or "file"; faults and accesses that meet it retry."""
         ranges = self._ranges.setdefault((kind, number), _Ranges())
-        ranges.busy.append((start, start + npages))
+        marked = (start, start + npages, self.waits.current)
+        ranges.busy.append(marked)
         try:
             yield
         finally:
-            ranges.busy.remove((start, start + npages))
+            ranges.busy.remove(marked)
             ranges.sequence += 1
             self._changed.notify_all()
 
     def is_in_progress(self, kind: str, number: int, start: int, npages: int) -> bool:
         """Return whether a range meets one in progress."""
-        ranges = self._ranges.get((kind, number))
-        return ranges is not None and any(
-            lo < start + npages and start < hi for lo, hi in ranges.busy
-        )
+        return self._in_the_way(kind, number, start, npages) is not None
 
     def require_idle(self, kind: str, number: int, start: int, npages: int) -> None:
         """Have the operation wait while a range is in progress."""
-        if self.is_in_progress(kind, number, start, npages):
-            raise Retry
+        met = self._in_the_way(kind, number, start, npages)
+        if met is not None:
+            lo, hi, owner = met
+            raise Retry(WaitFor(owner, RANGE, pages_text(kind, number, lo, hi - lo)))
+
+    def _in_the_way(
+        self, kind: str, number: int, start: int, npages: int
+    ) -> tuple[int, int, Operation] | None:
+        ranges = self._ranges.get((kind, number))
+        if ranges is None:
+            return None
+        end = start + npages
+        return next((one for one in ranges.busy if one[0] < end and start < one[1]), None)
 
     def sequence(self, vm: int) -> int:
         """Return the VM's invalidate sequence (mmu_invalidate_seq)."""

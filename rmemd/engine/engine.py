@@ -6,26 +6,47 @@ RmemError and nothing else of its own, and is safe to call from any thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from rmemd.consumers.guard import Guard
-from rmemd.engine import compact, convert, lifecycle, memory, physical, populate, queries, vcpu
+from rmemd.consumers.registry import Found
+from rmemd.engine import (
+    compact,
+    convert,
+    guestio,
+    lifecycle,
+    memory,
+    physical,
+    plugins,
+    populate,
+    queries,
+    sessions,
+    swap,
+    userfaultops,
+    vcpu,
+)
+from rmemd.engine.cancel import never
 from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
 from rmemd.engine.core import Core, Options, Steps
 from rmemd.engine.faultrules import Rule
 from rmemd.engine.migrate import Report, migrate
+from rmemd.engine.pendingfaults import Message
 from rmemd.engine.physical import Poisoned
+from rmemd.engine.plugins import Reloaded
 from rmemd.engine.populate import PreFaulted
 from rmemd.engine.programme import Instruction
 from rmemd.engine.queries import Page
+from rmemd.engine.sessions import Closed
+from rmemd.engine.swap import Swapped
 from rmemd.engine.vcpu import Exited
 from rmemd.errors import BAD_NODE
 from rmemd.hooks.types import Agent
 from rmemd.model.files import Policy, RestrictedFile
+from rmemd.model.sessions import NOBODY, GrantRange, Owner, SessionInfo
 from rmemd.model.vms import Vm
 from rmemd.units import I64
 
@@ -65,11 +86,19 @@ class Engine:
         memlock_pages: int = 0,
         name: str = "",
         starts_private: bool | None = None,
+        owner: Owner = NOBODY,
     ) -> Vm:
         """Make a VM. ALL."""
         return self._once(
             lambda: lifecycle.create_vm(
-                self.core, consumer, in_place, config or {}, memlock_pages, name, starts_private
+                self.core,
+                consumer,
+                in_place,
+                config or {},
+                memlock_pages,
+                name,
+                starts_private,
+                owner,
             )
         )
 
@@ -109,9 +138,37 @@ class Engine:
         """Close the measurement and return it. ALL."""
         return self.core.run(lambda: populate.finalize(self.core, vm))
 
-    def pre_fault(self, vm: int, gpa: int, size: int, traced: bool = False) -> PreFaulted:
+    def pre_fault(
+        self,
+        vm: int,
+        gpa: int,
+        size: int,
+        traced: bool = False,
+        cancelled: Callable[[], bool] = never,
+    ) -> PreFaulted:
         """Fault a guest range in. PREFIX."""
-        return self.core.run(lambda: populate.pre_fault(self.core, vm, gpa, size, traced))
+        return self.core.run(
+            lambda: populate.pre_fault(self.core, vm, gpa, size, traced), cancelled=cancelled
+        )
+
+    # --- consumers ---------------------------------------------------------------------------
+    def swap_consumer(
+        self, vm: int, consumer: str = "", config: Mapping[str, str] | None = None
+    ) -> Swapped:
+        """Replace a VM's consumer while it runs; "" is its own, made anew. ALL."""
+        return self._once(lambda: swap.swap_consumer(self.core, vm, consumer, config or {}))
+
+    def load_plugins(self, names: Sequence[str] = ()) -> list[Found]:
+        """Load plugins that were installed since the start; none named: all of them. EACH."""
+        return self.core.run(lambda: plugins.load(self.core, names))
+
+    def unload_plugin(self, name: str) -> list[str]:
+        """Take out a plugin that no VM uses; return the consumers it offered. ALL."""
+        return self.core.run(lambda: plugins.unload(self.core, name))
+
+    def reload_plugin(self, name: str) -> Reloaded:
+        """Load a plugin's code anew and swap every VM of it. ALL."""
+        return self.core.run(lambda: plugins.reload(self.core, name))
 
     # --- vCPUs -------------------------------------------------------------------------------
     def create_vcpu(self, vm: int, index: int) -> None:
@@ -130,11 +187,41 @@ class Engine:
         index: int,
         answer: int = 0,
         max_instructions: int = 0,
-        cancelled: Callable[[], bool] = lambda: False,
+        cancelled: Callable[[], bool] = never,
     ) -> Exited:
         """Run a vCPU until it exits. PREFIX: what was executed stays."""
         return self.core.run(
-            lambda: vcpu.run(self.core, vm, index, answer, max_instructions, cancelled)
+            lambda: vcpu.run(self.core, vm, index, answer, max_instructions, cancelled),
+            who=f"vm/{vm} vcpu {index}",
+            cancelled=cancelled,
+        )
+
+    def read_guest(
+        self,
+        vm: int,
+        index: int,
+        gpa: int,
+        length: int,
+        private: bool,
+        cancelled: Callable[[], bool] = never,
+    ) -> bytes:
+        """Read up to 64 KiB of plaintext as the guest does; for the guest role only. ALL."""
+        return self.core.run(
+            lambda: guestio.read(self.core, vm, index, gpa, length, private), cancelled=cancelled
+        )
+
+    def write_guest(
+        self,
+        vm: int,
+        index: int,
+        gpa: int,
+        data: bytes,
+        private: bool,
+        cancelled: Callable[[], bool] = never,
+    ) -> None:
+        """Write up to 64 KiB as the guest does; for the guest role only. PREFIX."""
+        self.core.run(
+            lambda: guestio.write(self.core, vm, index, gpa, data, private), cancelled=cancelled
         )
 
     # --- files -------------------------------------------------------------------------------
@@ -158,13 +245,33 @@ class Engine:
             lambda: convert.convert_file(self.core, file, offset, size, attributes, flags)
         )
 
-    def read_shared(self, file: int, offset: int, length: int) -> bytes:
+    def read_shared(
+        self,
+        file: int,
+        offset: int,
+        length: int,
+        session: int = 0,
+        cancelled: Callable[[], bool] = never,
+    ) -> bytes:
         """Read through the host's mapping. ALL."""
-        return self.core.run(lambda: memory.read_shared(self.core, file, offset, length))
+        return self.core.run(
+            lambda: memory.read_shared(self.core, file, offset, length, session),
+            cancelled=cancelled,
+        )
 
-    def write_shared(self, file: int, offset: int, data: bytes) -> None:
+    def write_shared(
+        self,
+        file: int,
+        offset: int,
+        data: bytes,
+        session: int = 0,
+        cancelled: Callable[[], bool] = never,
+    ) -> None:
         """Write through the host's mapping. ALL."""
-        self.core.run(lambda: memory.write_shared(self.core, file, offset, data))
+        self.core.run(
+            lambda: memory.write_shared(self.core, file, offset, data, session),
+            cancelled=cancelled,
+        )
 
     def set_policy(
         self, file: int, offset: int, length: int, policy: int, nodes: tuple[int, ...]
@@ -176,13 +283,104 @@ class Engine:
         """Read the NUMA policy at an offset."""
         return self.read(lambda core: memory.get_policy(core, file, offset))[1]
 
-    def pin(self, file: int, offset: int, length: int, purpose: str, holder: str) -> int:
+    def pin(
+        self,
+        file: int,
+        offset: int,
+        length: int,
+        purpose: str,
+        holder: str,
+        owner: Owner = NOBODY,
+        cancelled: Callable[[], bool] = never,
+    ) -> int:
         """Pin pages as DMA does; return the handle. ALL."""
-        return self.core.run(lambda: memory.pin(self.core, file, offset, length, purpose, holder))
+        return self.core.run(
+            lambda: memory.pin(self.core, file, offset, length, purpose, holder, owner),
+            cancelled=cancelled,
+        )
 
     def unpin(self, handle: int) -> None:
         """Let a pin go. ALL."""
         self.core.run(lambda: memory.unpin(self.core, handle))
+
+    def get_pages(self, file: int, offset: int, length: int, owner: Owner) -> I64:
+        """Take a plain reference on each page; return the frames. ALL."""
+        return self.core.run(lambda: memory.get_pages(self.core, file, offset, length, owner))
+
+    def put_pages(self, pfns: I64, owner: Owner) -> int:
+        """Drop references that get_pages took; return how many. ALL."""
+        return self.core.run(lambda: memory.put_pages(self.core, pfns, owner))
+
+    def shared_descriptor(self, file: int, session: int, read_only: bool) -> int:
+        """Return a descriptor of a file's shared half, for its caller to pass on and close. ALL."""
+        return self.read(
+            lambda core: memory.shared_descriptor(core, file, session, read_only)
+        )[1]
+
+    # --- page fault handlers -----------------------------------------------------------------
+    def register_userfault(self, file: int, pgoff: int, npages: int, session: int = 0) -> int:
+        """Have faults on holes of a range wait for a session; return the handle. ALL."""
+        return self.core.run(lambda: userfaultops.register(self.core, file, pgoff, npages, session))
+
+    def unregister_userfault(self, handle: int, session: int = 0) -> None:
+        """Let a range go; what waits in it goes on. ALL."""
+        self.core.run(lambda: userfaultops.unregister(self.core, handle, session))
+
+    def on_userfault(self, notify: Callable[[int], None]) -> None:
+        """Have ``notify`` told the session that has something to take; it must not block."""
+        self.core.pending_faults.notify = notify
+
+    def take_userfaults(self, session: int) -> list[Message]:
+        """Return the faults and removals that a session was not told yet."""
+        return self.read(lambda core: core.pending_faults.take(session))[1]
+
+    def pending_userfaults(self, session: int | None = None) -> list[Message]:
+        """Return the faults that wait for a session (for any, by default), told or not."""
+        return self.read(lambda core: core.pending_faults.pending(session))[1]
+
+    def userfault_copy(self, file: int, pgoff: int, data: bytes, session: int = 0) -> int:
+        """Fill shared holes with bytes; return how many pages. PREFIX."""
+        return self.core.run(lambda: userfaultops.copy(self.core, session, file, pgoff, data))
+
+    def userfault_zeropage(self, file: int, pgoff: int, npages: int, session: int = 0) -> int:
+        """Fill shared holes with zeros; return how many pages. PREFIX."""
+        return self.core.run(lambda: userfaultops.zeropage(self.core, session, file, pgoff, npages))
+
+    def userfault_continue(
+        self, file: int, pgoff: int, npages: int, private: bool, session: int = 0
+    ) -> int:
+        """Have faults go on, on the pages they would have got; return how many pages. PREFIX."""
+        return self.core.run(
+            lambda: userfaultops.continue_(self.core, session, file, pgoff, npages, private)
+        )
+
+    def userfault_wake(self, file: int, pgoff: int, npages: int, session: int = 0) -> None:
+        """Have what waits in a range told again. ALL."""
+        self.core.run(lambda: userfaultops.wake(self.core, session, file, pgoff, npages))
+
+    # --- sessions ----------------------------------------------------------------------------
+    def open_session(
+        self,
+        tenant: str,
+        role: str,
+        door: str,
+        pid: int = 0,
+        parent: int = 0,
+        vm: int = 0,
+        grants: tuple[GrantRange, ...] = (),
+    ) -> SessionInfo:
+        """Open a session. ALL."""
+        return self._once(
+            lambda: sessions.open_session(self.core, tenant, role, door, pid, parent, vm, grants)
+        )
+
+    def close_session(self, session: int) -> Closed:
+        """End a session with everything it holds. ALL."""
+        return self.core.run(lambda: sessions.close_session(self.core, session))
+
+    def revoke(self, tenant: str, file: int, pgoff: int, npages: int) -> list[SessionInfo]:
+        """Take a granted range back; return the sessions that lost something. ALL."""
+        return self.core.run(lambda: sessions.revoke(self.core, tenant, file, pgoff, npages))
 
     # --- the host ----------------------------------------------------------------------------
     def read_physical(self, pfn: int, npages: int, agent: Agent, bus: bool = False) -> bytes:
@@ -203,21 +401,29 @@ class Engine:
         """Poison a frame. ALL."""
         return self.core.run(lambda: physical.poison(self.core, pfn))
 
-    def migrate(self, pfns: I64, node: int | None = None) -> Report:
+    # of these three, ``report`` can be read while it grows, and can stop them between two steps;
+    # ``who`` is their name in the wait graph
+    def migrate(
+        self, pfns: I64, node: int | None = None, report: Report | None = None, who: str = ""
+    ) -> Report:
         """Move the pages on frames elsewhere. EACH."""
         nodes = self._nodes(node)
-        report = Report()
+        told = Report() if report is None else report
         wanted = np.unique(np.asarray(pfns, dtype=np.int64))
-        self.core.run(lambda: migrate(self.core, wanted, nodes, report))
-        return report
+        self.core.run(lambda: migrate(self.core, wanted, nodes, told), who)
+        return told
 
-    def compact(self, node: int) -> Compacted:
+    def compact(self, node: int, report: Report | None = None, who: str = "") -> Compacted:
         """Compact a node. EACH."""
-        return self.core.run(lambda: compact.compact(self.core, node))
+        told = Report() if report is None else report
+        return self.core.run(lambda: compact.compact(self.core, node, told), who)
 
-    def offline(self, pfn: int, npages: int) -> Offlined:
+    def offline(
+        self, pfn: int, npages: int, report: Report | None = None, who: str = ""
+    ) -> Offlined:
         """Empty frames and take them out of use. EACH."""
-        return self.core.run(lambda: compact.offline(self.core, pfn, npages))
+        told = Report() if report is None else report
+        return self.core.run(lambda: compact.offline(self.core, pfn, npages, told), who)
 
     def online(self, pfn: int, npages: int) -> int:
         """Give offlined frames back. ALL."""
@@ -243,7 +449,7 @@ class Engine:
 
     def _once(self, operation: Callable[[], Steps[T]]) -> T:
         """Run an operation of a single transaction, again while others are in its way."""
-        return self.core.run(lambda: self.core.unit(operation))
+        return self.core.run(lambda: self.core.unit(operation), named_by=operation)
 
     def _nodes(self, node: int | None) -> tuple[int, ...]:
         every = tuple(n.node for n in self.core.host.nodes)

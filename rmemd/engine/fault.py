@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rmemd.engine import frames
+from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
 from rmemd.engine.core import Core, Step, Steps
-from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT, Busy
+from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT, Busy, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Pin, Runs, Why
 from rmemd.model.files import RestrictedFile
@@ -42,6 +42,42 @@ class Trace:
         host = core.host
         cached = int(host.owner.at(pfn) != 0)
         self.steps.append((step, cached + host.refs.at(pfn), host.pins.at(pfn)))
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is faulted in: guest frames of one slot and one state, none of which is mapped.
+
+    Attributes:
+        write: whether the guest writes, which a page fault handler is told.
+        trace: notes the first page's references, if anybody asked.
+    """
+
+    vm: int
+    slot: Slot
+    gfns: I64
+    private: bool
+    write: bool = False
+    trace: Trace | None = None
+
+    @property
+    def pgoffs(self) -> I64:
+        """Return the pages of the slot's file."""
+        pgoffs: I64 = self.gfns - self.slot.gfn + self.slot.pgoff
+        return pgoffs
+
+    def is_stale(self, core: Core, vm: Vm) -> bool:
+        """Return whether the slot or the pages' state have changed."""
+        if vm.slots.get(self.slot.slot) != self.slot:
+            return True
+        return bool((is_private(core, vm, self.gfns, self.slot) != self.private).any())
+
+    def is_unchanged(self, core: Core) -> bool:
+        """Return whether the VM lives and the fault is not stale."""
+        try:
+            return not self.is_stale(core, core.vms.alive(self.vm))
+        except RmemError:
+            return False
 
 
 @dataclass(frozen=True)
@@ -94,10 +130,8 @@ def unmapped(vm: Vm, gfn: int, npages: int) -> I64:
     return gfns[pfns < 0]
 
 
-def fault(
-    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None = None
-) -> Steps[int]:
-    """Map guest frames (of one slot, one state, none mapped); return how often it began again.
+def fault(core: Core, wanted: Wanted) -> Steps[int]:
+    """Map guest frames; return how often it began again.
 
     Look-up and installation are one transaction, unless somebody may come between them: a test
     that holds operations, or a fault rule at "lost_race". Then they are two, as in KVM.
@@ -109,7 +143,7 @@ def fault(
     retries = 0
     while True:
         try:
-            if (yield from _fault_once(core, vm_id, slot, gfns, private, trace)):
+            if (yield from _fault_once(core, wanted)):
                 return retries
         except Busy:
             # -EBUSY and -EAGAIN of a vendor make KVM enter the guest again, which faults again
@@ -118,63 +152,60 @@ def fault(
         retries += 1
 
 
-def _fault_once(
-    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
-) -> Steps[bool]:
-    if core.hold is None and not core.rules.waits(vm_id, LOST_RACE):
-        yield from core.unit(lambda: _fault_at_once(core, vm_id, slot, gfns, private, trace))
+def _fault_once(core: Core, wanted: Wanted) -> Steps[bool]:
+    if core.hold is None and not core.rules.waits(wanted.vm, LOST_RACE):
+        yield from userfault.unit(core, lambda: _fault_at_once(core, wanted))
         return True
-    return (yield from _fault_in_two(core, vm_id, slot, gfns, private, trace))
+    return (yield from _fault_in_two(core, wanted))
 
 
-def _fault_at_once(
-    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
-) -> Steps[None]:
+def _fault_at_once(core: Core, wanted: Wanted) -> Steps[None]:
     yield from ()
     with core.tx("fault") as tx:
-        found = _look_up(core, tx, vm_id, slot, gfns, private, trace)
-        _install(core, tx, vm_id, found, trace)
+        found = _look_up(core, tx, wanted)
+        _install(core, tx, wanted.vm, found, wanted.trace)
 
 
-def _fault_in_two(
-    core: Core, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
-) -> Steps[bool]:
+def _fault_in_two(core: Core, wanted: Wanted) -> Steps[bool]:
     def first() -> Steps[Lookup]:
         yield from ()
         with core.tx("fault: look up") as tx:
-            return _look_up(core, tx, vm_id, slot, gfns, private, trace)
+            return _look_up(core, tx, wanted)
 
     def second() -> Steps[bool]:
         yield from ()
-        if _lost_race(core, vm_id, found):
+        if _lost_race(core, wanted.vm, found):
             return False
         with core.tx("fault: install") as tx:
-            _install(core, tx, vm_id, found, trace)
+            _install(core, tx, wanted.vm, found, wanted.trace)
         return True
 
-    found = yield from core.unit(first)
+    found = yield from userfault.unit(core, first)
     yield Step("fault: looked up")
-    if core.rules.passage(vm_id, LOST_RACE):
-        yield from core.unit(lambda: _invalidate(core, vm_id, gfns))
+    if core.rules.passage(wanted.vm, LOST_RACE):
+        yield from core.unit(lambda: _invalidate(core, wanted.vm, wanted.gfns))
     try:
         installed = yield from core.unit(second)
     except Exception:
         yield from core.unit(lambda: _let_go(core, found, trace=None))
         raise
     if not installed:
-        yield from core.unit(lambda: _let_go(core, found, trace))
+        yield from core.unit(lambda: _let_go(core, found, wanted.trace))
     return installed
 
 
-def _look_up(
-    core: Core, tx: Tx, vm_id: int, slot: Slot, gfns: I64, private: bool, trace: Trace | None
-) -> Lookup:
-    vm = core.vms.alive(vm_id)
-    core.require_idle("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
-    if vm.slots.get(slot.slot) != slot or (is_private(core, vm, gfns, slot) != private).any():
+def _look_up(core: Core, tx: Tx, wanted: Wanted) -> Lookup:
+    gfns, private, trace = wanted.gfns, wanted.private, wanted.trace
+    vm = core.vms.alive(wanted.vm)
+    core.require_idle("vm", wanted.vm, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+    if wanted.is_stale(core, vm):
         raise Stale
-    file = file_of(core, vm, slot, int(gfns[0]), private)
-    pfns = frames.find(core, tx, file, gfns - slot.gfn + slot.pgoff, private)
+    file = file_of(core, vm, wanted.slot, int(gfns[0]), private)
+    userfault.require_present(
+        core, file, wanted.pgoffs, private, write=wanted.write, vm=wanted.vm,
+        shift=wanted.slot.gfn - wanted.slot.pgoff, unchanged=lambda: wanted.is_unchanged(core),
+    )  # fmt: skip
+    pfns = frames.find(core, tx, file, wanted.pgoffs, private)
     if trace is not None and not trace.steps:
         trace.note(core, "present", int(pfns[0]))
     runs = Runs.of_pages(gfns, pfns)
@@ -187,7 +218,7 @@ def _look_up(
         held = pin_entry(vm, pin.purpose, True)
         # a pin that an earlier unpin could not drop counts once
         taken = pfns[~core.ledger.held(held, pfns)]
-        _charge(core, vm, pin, taken.size)
+        charge_memlock(core, vm, pin, taken.size)
     else:
         held, taken = Entry(vm.info.label, FAULT, False), pfns
     core.ledger.hold(tx, held, taken)
@@ -195,7 +226,7 @@ def _look_up(
         consumer.call(tx, "prepare", runs)
     if trace is not None:
         trace.note(core, "lookup", int(pfns[0]))
-    return Lookup(runs, private, core.sequence(vm_id), pin, held, taken)
+    return Lookup(runs, private, core.sequence(wanted.vm), pin, held, taken)
 
 
 def _lost_race(core: Core, vm_id: int, found: Lookup) -> bool:
@@ -243,7 +274,12 @@ def _invalidate(core: Core, vm_id: int, gfns: I64) -> Steps[None]:
         pass
 
 
-def _charge(core: Core, vm: Vm, pin: Pin, npages: int) -> None:
+def charge_memlock(core: Core, vm: Vm, pin: Pin, npages: int) -> None:
+    """Check that a consumer may lock so many more pages.
+
+    Raises:
+        Exhausted: MEMLOCK.
+    """
     limit = vm.info.memlock_pages
     locked = core.ledger.count(pin_entry(vm, pin.purpose, True))
     if limit and locked + npages > limit:
@@ -265,6 +301,6 @@ def map_now(core: Core, tx: Tx, vm: Vm, runs: Runs) -> None:
     if consumer.ops.pin is not None:
         pin = consumer.call(tx, "pin", runs)
         if pin.longterm:
-            _charge(core, vm, pin, runs.total)
+            charge_memlock(core, vm, pin, runs.total)
         core.ledger.hold(tx, pin_entry(vm, pin.purpose, pin.longterm), runs.pfns())
     vm.install(tx, runs, shared=False)

@@ -49,8 +49,13 @@ def refuse_poisoned(file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
 
 
 def allocate(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool) -> I64:
-    """Give holes frames, by the file's NUMA policy; return the frames."""
+    """Give holes frames, by the file's NUMA policy; return the frames.
+
+    Raises:
+        Exhausted: QUOTA, NO_FRAMES.
+    """
     host = core.host
+    core.quotas.charge_frames(core, file.info.owner.tenant, pgoffs.size)
     use = Use.PRIVATE if private else Use.SHARED
     pfns = np.empty(pgoffs.size, dtype=np.int64)
     for mask, nodes in _by_policy(core, file, pgoffs):
@@ -150,11 +155,11 @@ def charge_found(core: Core, tx: Tx, file: RestrictedFile, start: int, npages: i
     """Charge shared pages that a client filled in by itself; return their page indices.
 
     Clients write through their descriptor without an event, so such pages are looked for where it
-    matters. When the host has no frame left, they stay uncharged.
+    matters. When the host has no frame left, or the tenant may have none, they stay uncharged.
     """
     found = uncharged(core, file, start, npages)
     free = sum(buddy.free_pages(core.host, node) for node in core.host.nodes)
-    found = found[:free]
+    found = found[: min(free, core.quotas.room(core, file.info.owner.tenant))]
     if found.size:
         allocate(core, tx, file, found, private=False)
         tx.emit("shared_found", file=file.info.file, npages=found.size)

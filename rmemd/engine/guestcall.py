@@ -21,14 +21,16 @@ from rmemd.engine.guestmemory import (
     no_slot_stop,
 )
 from rmemd.engine.populate import fault_in
-from rmemd.engine.programme import CALLS, Instruction
+from rmemd.engine.programme import CALLS, Instruction, Opcode
 from rmemd.errors import Busy, RmemError
-from rmemd.hooks.types import CallAction, CallAnswer, GuestCall
-from rmemd.units import PAGE_SHIFT, PMD_PAGES, bytes_to_pages, pages
+from rmemd.hooks.types import CallAction, CallAnswer, GuestCall, GuestException
+from rmemd.units import PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, bytes_to_pages, pages
 
 # calls about memory that is private when they are made; UNSHARE is about shared memory
 ABOUT_PRIVATE = (GuestCall.ACCEPT, GuestCall.VALIDATE, GuestCall.RESCIND, GuestCall.RELINQUISH)
 UNKNOWN_CALL = (1 << 64) - 1
+# what a guest does about the exception of a page that it has not accepted
+HANDLERS = {"#VE": Opcode.ACCEPT, "#VC": Opcode.VALIDATE}
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,28 @@ def _ask(
         start = span.gfn - slot.gfn + slot.pgoff
         yield from discard(core, slot.file, start, answer.done, answer.to_private, converted)
     return answer
+
+
+def take_exception(
+    core: Core, number: int, index: int, gfn: int, taken: GuestException
+) -> Steps[Stop | None]:
+    """Have the guest handle an exception that a page gave it: by accepting the page, or not at all.
+
+    Returns:
+        ``None`` when the access can be made again, else how the guest is lost.
+    """
+    opcode = HANDLERS.get(taken.vector)
+    if opcode is None or not core.vms.get(number).vcpu(index).lazy_accept:
+        text = f"{taken.vector} {taken.code:#x}: {taken.text} (gfn {gfn:#x}), unhandled"
+        return Stop("SHUTDOWN", gpa=gfn << PAGE_SHIFT, text=text)
+    accept = Instruction(opcode, gfn << PAGE_SHIFT, PAGE_SIZE)
+    result = yield from make_call(core, number, index, accept, 0)
+    if isinstance(result, Stop):
+        return result
+    if result.finished and result.done == 0:
+        text = f"{taken.vector} handler: {opcode.name} gave {result.status_name}"
+        return Stop("SHUTDOWN", gpa=gfn << PAGE_SHIFT, text=text)
+    return None
 
 
 class _Declined(Exception):

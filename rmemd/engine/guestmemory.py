@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from rmemd.engine import userfault
 from rmemd.engine.core import Core, Steps, kill, private_key
 from rmemd.engine.fault import Stale, is_private
 from rmemd.engine.physical import judge_error
@@ -20,6 +21,7 @@ from rmemd.engine.programme import Instruction, Opcode, make_rows
 from rmemd.errors import (
     FILE_GONE,
     HW_POISON,
+    INTERRUPTED,
     MEMORY_FAULT,
     NOT_FINALIZED,
     VM_DEAD,
@@ -34,7 +36,7 @@ from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, U8, pages
 CHUNK_PAGES = 64
 # a page whose verdict stays FAULT after so many faults is a fault of the plugin
 FAULTS_MAX = 4
-EFAULT, EIO, EHWPOISON = 14, 5, 133
+EINTR, EIO, EFAULT, EHWPOISON = 4, 5, 14, 133
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ def reach(
         stop = attribute_stop(core, vm, slot, span, private)
         if isinstance(stop, Stop):
             return stop
-        span = stop
+        span = _until_a_wait(core, slot, stop, private)
         try:
-            yield from fault_in(core, vm, slot, span.gfn, span.npages)
+            yield from fault_in(core, vm, slot, span.gfn, span.npages, write=write)
         except Stale:
             continue
         except RmemError as refusal:
@@ -153,6 +155,14 @@ def reach(
         if answer > 0:
             return span.cut(answer)
     return Stop("INTERNAL_ERROR", text=f"gfn {span.gfn:#x} faults again and again", gpa=span.start)
+
+
+def _until_a_wait(core: Core, slot: Slot, span: Span, private: bool) -> Span:
+    """Return the prefix that needs no page fault handler, or the one that waits for it."""
+    if not core.userfaults or not core.files.exists(slot.file):
+        return span
+    pgoffs = pages(span.gfn - slot.gfn + slot.pgoff, span.npages)
+    return span.cut(userfault.alike(core, core.files.get(slot.file), pgoffs, private))
 
 
 def attribute_stop(core: Core, vm: Vm, slot: Slot, span: Span, private: bool) -> Span | Stop:
@@ -196,6 +206,8 @@ def fault_stop(span: Span, private: bool, refusal: RmemError) -> Stop:
         return Stop("MEMORY_FAULT", EHWPOISON, flags, gpa, refusal=refusal)
     if refusal.reason in (VM_DEAD, NOT_FINALIZED):
         raise refusal
+    if refusal.reason is INTERRUPTED:
+        return Stop("INTR", EINTR, gpa=span.start, refusal=refusal)
     return Stop("INTERNAL_ERROR", refusal.errno, 0, span.start, text=str(refusal), refusal=refusal)
 
 

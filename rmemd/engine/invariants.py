@@ -7,7 +7,7 @@ It costs a sweep of the host, so it is for tests, for a daemon's self-check and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def check(core: Core) -> list[str]:
     return list(
         chain(
             _owners(core), _counts(core), _free(core), _mirrors(core), _slots(core),
-            _movable(core), _handles(core),
+            _movable(core), _handles(core), _userfaults(core),
         )
     )  # fmt: skip
 
@@ -184,12 +184,40 @@ def _handles(core: Core) -> Iterator[str]:
         "vm": [vm.info.vm for vm in core.vms.all()],
         "file": [file.info.file for file in core.files.all()],
         "key": [number for number, _ in core.host.keys.items()],
+        "userfault": [one.userfault for one in core.userfaults.all()],
     }
     for counter, used in numbers.items():
         if max(used, default=0) > core.host.counters.get(counter, 0):
             yield f"I16: {counter} {max(used)} is above the counter"
     if set(numbers["vm"]) != set(core.consumers):
         yield "I16: VMs and consumers are not the same"
+
+
+def _userfaults(core: Core) -> Iterator[str]:
+    """I17, I3: handlers have ranges of files that are there; what waits, waits for holes there."""
+    for one, after in pairwise([*core.userfaults.all(), None]):
+        assert one is not None
+        if not core.files.exists(one.file):
+            yield f"I3: userfault {one.userfault} is of file/{one.file}, which is gone"
+        elif one.npages <= 0 or one.end > core.files.get(one.file).info.size_pages:
+            yield f"I17: userfault {one.userfault} is not inside file/{one.file}"
+        if after is not None and after.file == one.file and after.pgoff < one.end:
+            yield f"I3: userfaults {one.userfault} and {after.userfault} overlap"
+    for fault in core.pending_faults.waiting:
+        if not fault.pgoffs.size:
+            # it was woken, and looks again when its turn comes
+            continue
+        where = f"of file/{fault.file} is waited for"
+        if not core.files.exists(fault.file):
+            yield f"I3: page {int(fault.pgoffs[0]):#x} {where}, and the file is gone"
+            continue
+        covered = core.userfaults.covers(fault.file, fault.pgoffs)
+        yield from _named("I3", ~covered, fault.pgoffs, f"{where}, and has no handler")
+        half = core.files.get(fault.file).half(fault.private)
+        there = half.get(fault.pgoffs) != 0
+        yield from _named("I3", there, fault.pgoffs, f"{where}, and is there")
+        if fault.vm and not core.vms.exists(fault.vm):
+            yield f"I3: page {int(fault.pgoffs[0]):#x} {where} by vm/{fault.vm}, which is gone"
 
 
 def _named(rule: str, wrong: Bools, numbers: I64, what: str) -> Iterator[str]:

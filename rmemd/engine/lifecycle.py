@@ -26,6 +26,7 @@ from rmemd.errors import (
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Why
 from rmemd.model.files import FLAG_ANONYMOUS, Binding, RestrictedFile
+from rmemd.model.sessions import NOBODY, Owner
 from rmemd.model.vms import (
     GUEST_MEMFD,
     LOG_DIRTY,
@@ -51,6 +52,7 @@ def create_vm(
     memlock_pages: int,
     name: str,
     starts_private: bool | None = None,
+    owner: Owner = NOBODY,
 ) -> Steps[Vm]:
     """Make a VM with a consumer of its own.
 
@@ -61,6 +63,8 @@ def create_vm(
         raise BAD_REQUEST(f"memlock_pages {memlock_pages}", field="memlock_pages")
     offer = core.registry.offer(consumer)
     variant = offer.variant
+    if owner.session:
+        core.sessions.alive(owner.session)
     with core.tx("create VM") as tx:
         number = tx.next_id("vm")
         if in_place is None:
@@ -74,7 +78,7 @@ def create_vm(
             raise BAD_REQUEST(f"{consumer} has no private memory", field="starts_private")
         info = VmInfo(
             number, name, consumer, offer.platform, variant.private_memory, in_place,
-            memlock_pages, dict(config),
+            memlock_pages, owner, dict(config),
         )  # fmt: skip
         vm = core.vms.create(tx, info, starts_private)
         core.consumers[number] = core.registry.make(tx, number, consumer, config)
@@ -104,7 +108,7 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
             if number in core.host.vm_keys:
                 tx.drop(core.host.vm_keys, number)
             core.vms.destroy(tx, number)
-            tx.emit("vm_destroyed", vm=number)
+            tx.emit("vm_destroyed", vm=number, tenant=vm.info.owner.tenant)
         del core.consumers[number]
         return anonymous
 

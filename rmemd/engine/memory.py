@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from rmemd.engine import frames
+from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import invalidating, views_of
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.errors import (
@@ -19,7 +19,9 @@ from rmemd.errors import (
     BAD_REQUEST,
     FALLOCATE_MODE,
     HOST_SIGBUS,
-    NO_SUCH_PIN,
+    NO_SUCH_FILE,
+    NOT_GRANTED,
+    NOT_HELD,
     NOT_MAPPABLE,
     NOT_PAGE_ALIGNED,
     OFFSET_TOO_BIG,
@@ -35,6 +37,7 @@ from rmemd.model.files import (
     RestrictedFile,
 )
 from rmemd.model.ledger import Entry
+from rmemd.model.sessions import DEVICE, NOBODY, Owner, PagePin
 from rmemd.model.vms import Vm
 from rmemd.units import I64, LOFF_MAX, PAGE_SIZE, bytes_to_pages, is_page_aligned, pages
 
@@ -49,6 +52,8 @@ VFS_MODES = {
 MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
 # pages allocated, or punched of a shared half, in one transaction
 BATCH_PAGES = 1 << 16
+# the ledger's purpose of references that a session took
+GET = "get"
 # length of the names that a pin carries, which refusals quote
 HOLDER_MAX = 64
 
@@ -71,7 +76,7 @@ def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[Restric
 
 def new_file(core: Core, tx: Tx, vm: Vm, size_pages: int, flags: int) -> RestrictedFile:
     """Make a file in a transaction."""
-    file = core.files.create(tx, vm.info.vm, size_pages, flags, vm.info.in_place)
+    file = core.files.create(tx, vm.info.vm, size_pages, flags, vm.info.in_place, vm.info.owner)
     tx.emit("file_created", vm=vm.info.vm, file=file.info.file, npages=size_pages)
     return file
 
@@ -121,7 +126,7 @@ def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
             holes = wanted[file.frames.get(wanted) == 0]
             if holes.size:
                 pfns = frames.allocate(core, tx, file, holes, private=True)
-                _settle(core, tx, file, holes, pfns)
+                settle(core, tx, file, holes, pfns)
             return int(holes.size)
 
     allocated = 0
@@ -132,7 +137,7 @@ def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
     return allocated
 
 
-def _settle(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
+def settle(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
     """In place, a shared page's bytes are in the shared memfd from the start."""
     if file.info.in_place:
         mark_shared(core, tx, pfns[file.attributes.get(pgoffs) != PRIVATE])
@@ -167,6 +172,7 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
             return present
 
     present = yield from core.unit(one)
+    core.pending_faults.removed(number, present, private=True)
     file = core.files.get(number)
     if file.info.in_place and core.has_shared_memory(file):
         there = core.shared_memory(file).present(start, npages)
@@ -189,8 +195,12 @@ def close(core: Core, number: int) -> Steps[int]:
                 pass
             frames.remove(core, tx, file, private, private=True)
             frames.remove(core, tx, file, shared, private=False)
+            core.userfaults.drop(tx, core.userfaults.of_file(number))
             core.files.destroy(tx, number)
-            tx.emit("file_closed", file=number, npages=private.size + shared.size)
+            tx.emit(
+                "file_closed", file=number, npages=private.size + shared.size,
+                tenant=file.info.owner.tenant,
+            )  # fmt: skip
         return int(private.size + shared.size)
 
     freed = yield from core.unit(one)
@@ -199,39 +209,93 @@ def close(core: Core, number: int) -> Steps[int]:
 
 
 # --- the host's mapping ----------------------------------------------------------------------
-def read_shared(core: Core, number: int, offset: int, length: int) -> Steps[bytes]:
+def read_shared(
+    core: Core, number: int, offset: int, length: int, session: int = 0
+) -> Steps[bytes]:
     """Read through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
 
     def one() -> Steps[bytes]:
         yield from ()
-        file = _touch(core, number, offset, length)
+        require_granted(core, session, number, offset, length, write=False)
+        file = _touch(core, number, offset, length, write=False)
         return core.shared_memory(file).read_bytes(offset, length)
 
-    return (yield from core.unit(one))
+    return (yield from userfault.unit(core, one))
 
 
-def write_shared(core: Core, number: int, offset: int, data: bytes) -> Steps[None]:
+def write_shared(
+    core: Core, number: int, offset: int, data: bytes, session: int = 0
+) -> Steps[None]:
     """Write through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
 
     def one() -> Steps[None]:
         yield from ()
-        file = _touch(core, number, offset, len(data))
+        require_granted(core, session, number, offset, len(data), write=True)
+        file = _touch(core, number, offset, len(data), write=True)
         core.shared_memory(file).write_bytes(offset, data)
 
-    yield from core.unit(one)
+    yield from userfault.unit(core, one)
 
 
-def _touch(core: Core, number: int, offset: int, length: int) -> RestrictedFile:
+def require_granted(
+    core: Core, session: int, number: int, offset: int, length: int, write: bool
+) -> None:
+    """Check, where pages are touched, that a device session was granted them.
+
+    Raises:
+        NotFound: NO_SUCH_SESSION, NO_SUCH_FILE; it has nothing of the file.
+        Denied: NOT_GRANTED.
+    """
+    if not session:
+        return
+    info = core.sessions.alive(session)
+    if info.role != DEVICE:
+        return
+    if not any(grant.file == number for grant in info.grants):
+        raise NO_SUCH_FILE(f"file/{number} does not exist", field="file")
+    first = offset // PAGE_SIZE
+    npages = max(-(-(offset + length) // PAGE_SIZE) - first, 0)
+    if not info.may_reach(number, first, npages, write):
+        raise NOT_GRANTED(
+            f"pgoff {first:#x}+{npages:#x} of file/{number} was not granted to {info.label}",
+            page=f"pgoff {first:#x}", rule="a device reaches what it was granted",
+        )  # fmt: skip
+
+
+def shared_descriptor(core: Core, number: int, session: int, read_only: bool) -> int:
+    """Return a descriptor of a file's shared half, to be passed on; the caller closes it.
+
+    What is done through it raises no event (DESIGN §4), so a device gets one of a file only if it
+    was granted all of it.
+
+    Raises:
+        NotFound: NO_SUCH_FILE, NO_SUCH_SESSION.
+        Denied: NOT_GRANTED.
+        Unsupported: NOT_MAPPABLE.
+        OSError: the daemon has no descriptor left.
+    """
+    file = core.files.get(number)
+    size_bytes = file.info.size_pages * PAGE_SIZE
+    require_granted(core, session, number, 0, size_bytes, write=not read_only)
+    _require_mappable(file)
+    return core.shared_memory(file).reopen(read_only)
+
+
+def _require_mappable(file: RestrictedFile) -> None:
+    if file.info.in_place and not file.info.mappable and not file.info.flags & FLAG_ANONYMOUS:
+        raise NOT_MAPPABLE(
+            f"file/{file.info.file} was created without MMAP", field="file",
+            rule="restrictedmem.md §2: mmap",
+        )  # fmt: skip
+
+
+def _touch(core: Core, number: int, offset: int, length: int, write: bool) -> RestrictedFile:
     file = core.files.get(number)
     if offset < 0 or length <= 0:
         raise BAD_RANGE(f"{offset}+{length} is no range of bytes", field="offset_bytes")
     start = offset // PAGE_SIZE
     npages = -(-(offset + length) // PAGE_SIZE) - start
-    if file.info.in_place and not file.info.mappable and not file.info.flags & FLAG_ANONYMOUS:
-        raise NOT_MAPPABLE(
-            f"file/{number} was created without MMAP", field="file",
-            rule="restrictedmem.md §2: mmap",
-        )  # fmt: skip
+    _require_mappable(file)
     if start + npages > file.info.size_pages:
         raise HOST_SIGBUS(
             f"pgoff {file.info.size_pages:#x} is past file/{number}", field="offset_bytes",
@@ -241,7 +305,7 @@ def _touch(core: Core, number: int, offset: int, length: int) -> RestrictedFile:
     core.require_idle("file", number, start, npages)
     wanted = pages(start, npages)
     if file.info.in_place:
-        private = wanted[file.attributes.get(wanted) == PRIVATE]
+        private = _private_pages(file, wanted)
         if private.size:
             raise HOST_SIGBUS(
                 f"pgoff {int(private[0]):#x} of file/{number} is private",
@@ -256,10 +320,20 @@ def _touch(core: Core, number: int, offset: int, length: int) -> RestrictedFile:
         frames.refuse_poisoned(file, wanted[at], present[at] - 1)
     holes = wanted[present == 0]
     if holes.size:
+        userfault.require_present(
+            core, file, holes, private=False, write=write,
+            unchanged=lambda: not file.info.in_place or not _private_pages(file, wanted).size,
+        )  # fmt: skip
         with core.tx("host fault") as tx:
             pfns = frames.allocate(core, tx, file, holes, private=False)
-            _settle(core, tx, file, holes, pfns)
+            settle(core, tx, file, holes, pfns)
     return file
+
+
+def _private_pages(file: RestrictedFile, wanted: I64) -> I64:
+    """Return those pages that are private by the file's own attributes."""
+    private: I64 = wanted[file.attributes.get(wanted) == PRIVATE]
+    return private
 
 
 # --- policy and pins -------------------------------------------------------------------------
@@ -297,8 +371,19 @@ def get_policy(core: Core, number: int, offset: int) -> Policy:
     return policy
 
 
-def pin(core: Core, number: int, offset: int, length: int, purpose: str, holder: str) -> Steps[int]:
-    """Hold present pages (shared if they are shared) as DMA does; return the pin's handle."""
+def pin(
+    core: Core,
+    number: int,
+    offset: int,
+    length: int,
+    purpose: str,
+    holder: str,
+    owner: Owner = NOBODY,
+) -> Steps[int]:
+    """Hold present pages (shared if they are shared) as DMA does; return the pin's handle.
+
+    A pin of a session is named after it and goes with it; of others ``holder`` is the name.
+    """  # fmt: skip
     start, npages = byte_range(core.files.get(number), offset, length)
     for field, value in (("purpose", purpose), ("holder", holder)):
         fits = 0 < len(value) <= HOLDER_MAX and value.isprintable()
@@ -309,16 +394,21 @@ def pin(core: Core, number: int, offset: int, length: int, purpose: str, holder:
 
     def one() -> Steps[int]:
         yield from ()
-        file = _touch(core, number, offset, length)
+        require_granted(core, owner.session, number, offset, length, write=True)
+        core.quotas.charge_pins(core, owner.tenant, npages)
+        file = _touch(core, number, offset, length, write=True)
         with core.tx("pin") as tx:
             found = file.half(private=False).get(pages(start, npages))
             handle = tx.next_id("pin")
-            entry = Entry(f"{holder} pin {handle}", purpose, longterm=True)
+            who = f"session {owner.session}" if owner.session else holder
+            held = PagePin(handle, number, start, npages, purpose, f"{who} pin {handle}", owner)
+            core.sessions.add_pin(tx, held)
+            entry = Entry(held.holder, purpose, longterm=True)
             core.ledger.hold(tx, entry, np.asarray(found, dtype=np.int64) - 1)
             tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
             return handle
 
-    return (yield from core.unit(one))
+    return (yield from userfault.unit(core, one))
 
 
 def unpin(core: Core, handle: int) -> Steps[None]:
@@ -326,15 +416,78 @@ def unpin(core: Core, handle: int) -> Steps[None]:
 
     def one() -> Steps[None]:
         yield from ()
-        holders = {e.holder for e in core.ledger.entries() if e.holder.endswith(f" pin {handle}")}
-        if not holders:
-            raise NO_SUCH_PIN(f"no pin {handle}", field="pin")
+        held = core.sessions.pin(handle)
         with core.tx("unpin") as tx:
-            for holder in holders:
-                frames.free_orphans(core, tx, core.ledger.forget(tx, holder))
-            tx.emit("unpinned", pin=handle)
+            frames.free_orphans(core, tx, release_pin(core, tx, held))
 
     yield from core.unit(one)
+
+
+def release_pin(core: Core, tx: Tx, held: PagePin) -> I64:
+    """Take a pin out of the ledger; return the frames it held."""
+    core.sessions.drop_pin(tx, held.pin)
+    tx.emit("unpinned", pin=held.pin, file=held.file, tenant=held.owner.tenant)
+    return core.ledger.forget(tx, held.holder)
+
+
+def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -> Steps[I64]:
+    """Take a plain reference on each page, private ones too, as a consumer elsewhere would. ALL.
+
+    Pages that are holes are allocated, as restrictedmem_get_page() does.
+
+    Returns:
+        Their frames, int64, one per page.
+
+    Raises:
+        Poisoned: HW_POISON.
+        Exhausted: NO_FRAMES, QUOTA.
+    """
+    start, npages = byte_range(core.files.get(number), offset, length)
+
+    def one() -> Steps[I64]:
+        yield from ()
+        info = core.sessions.alive(owner.session)
+        core.require_idle("file", number, start, npages)
+        core.quotas.charge_pins(core, owner.tenant, npages)
+        file = core.files.get(number)
+        wanted = pages(start, npages)
+        holes = file.frames.get(wanted) == 0
+        with core.tx("get pages") as tx:
+            pfns = frames.find(core, tx, file, wanted, private=True)
+            settle(core, tx, file, wanted[holes], pfns[holes])
+            core.ledger.hold(tx, Entry(info.label, GET, longterm=False), pfns)
+            return pfns
+
+    return (yield from core.unit(one))
+
+
+def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
+    """Drop a reference that get_pages took, on each of these distinct frames. ALL.
+
+    Frames are named, not pages: what was got may have been punched out of its file since.
+
+    Raises:
+        Refused: NOT_HELD; the session has no reference on one of them.
+    """
+
+    def one() -> Steps[int]:
+        yield from ()
+        info = core.sessions.alive(owner.session)
+        entry = Entry(info.label, GET, longterm=False)
+        inside = (pfns >= 0) & (pfns < core.host.nframes)
+        held = np.zeros(pfns.size, dtype=np.bool_)
+        held[inside] = core.ledger.held(entry, pfns[inside])
+        if not held.all() or np.unique(pfns).size != pfns.size:
+            at = int(np.argmin(held))
+            raise NOT_HELD(
+                f"{info.label} has no reference on pfn {int(pfns[at]):#x} to drop",
+                page=f"pfn {int(pfns[at]):#x}", rule="put_page() after get_page(), once each",
+            )  # fmt: skip
+        with core.tx("put pages") as tx:
+            frames.drop(core, tx, entry, pfns)
+        return int(pfns.size)
+
+    return (yield from core.unit(one))
 
 
 def byte_range(file: RestrictedFile, offset: int, length: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ pages move by invalidation, whatever the consumer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -16,6 +17,7 @@ import numpy as np
 from rmemd.engine import frames
 from rmemd.engine.bracket import held_by_others, in_progress, views_of
 from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.waits import GaveUp
 from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, NO_FRAMES, Kind, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs, Why
@@ -50,15 +52,37 @@ class Moved:
     refusal: RmemError | None = None
 
 
+def never() -> bool:
+    """Be the answer of who does not stop a job."""
+    return False
+
+
 @dataclass
 class Report:
-    """What a job that moves pages did, page by page."""
+    """What a job that moves pages did, page by page; it can be read while it grows.
+
+    Attributes:
+        moves: the pages with their outcomes; only ever appended to.
+        total: the pages that are to be dealt with, 0 until that is known.
+        done: those dealt with; a page that went away meanwhile has no outcome, but is counted.
+        cancelled: asked between two steps whether to stop; what was done stays.
+        stopped: whether it was stopped before it had dealt with all.
+    """
 
     moves: list[Moved] = field(default_factory=list)
+    total: int = 0
+    done: int = 0
+    cancelled: Callable[[], bool] = never
+    stopped: bool = False
+
+    def is_stopped(self) -> bool:
+        """Return whether to stop now, and remember it."""
+        self.stopped = self.stopped or self.cancelled()
+        return self.stopped
 
     def count(self, outcome: Outcome) -> int:
         """Count the pages with an outcome."""
-        return sum(m.src.size for m in self.moves if m.outcome is outcome)
+        return sum(m.src.size for m in tuple(self.moves) if m.outcome is outcome)
 
     def failed(self, src: I64, outcome: Outcome, vm: int, gfns: I64, why: RmemError) -> None:
         """Note pages that stay where they are."""
@@ -68,6 +92,7 @@ class Report:
 
 def migrate(core: Core, src: I64, nodes: tuple[int, ...], report: Report) -> Steps[None]:
     """Move pages to free frames of ``nodes``, in that order."""
+    report.total += src.size
     yield from migrate_to(core, src, None, nodes, report)
 
 
@@ -79,11 +104,16 @@ def migrate_to(
     unowned = src[~owned & np.isin(core.host.use.get(src), (Use.PRIVATE, Use.SHARED))]
     gone = FOLIO_BUSY("the page was removed from its file and is still referenced")
     report.failed(unowned, Outcome.BUSY, 0, np.full(unowned.size, -1), gone)
+    report.done += src.size - int(owned.sum())
     src, dst = src[owned], None if dst is None else dst[owned]
     files = core.host.owner.get(src)
     for number in np.unique(files).tolist():
+        if report.is_stopped():
+            return
         of_file = np.flatnonzero(files == number)
-        of_file = of_file[_may_move(core, number, src[of_file], report)]
+        may = _may_move(core, number, src[of_file], report)
+        report.done += may.size - int(may.sum())
+        of_file = of_file[may]
         for at in range(0, of_file.size, BATCH_PAGES):
             part = of_file[at : at + BATCH_PAGES]
             target = None if dst is None else dst[part]
@@ -97,8 +127,12 @@ def _move_batch(
     def one() -> Steps[list[Moved]]:
         return (yield from _move(core, number, src, dst, nodes))
 
+    if report.is_stopped():
+        return
     try:
-        report.moves += yield from core.unit(one)
+        report.moves += yield from core.unit(one, report.is_stopped)
+    except GaveUp:
+        return
     except RmemError as refusal:
         if src.size > 1 and refusal.reason.kind is Kind.REFUSED:
             # one page's refusal is not its neighbours': find it by halves
@@ -108,6 +142,7 @@ def _move_batch(
                 yield from _move_batch(core, number, src[part], target, nodes, report)
             return
         _note(core, core.files.get(number), src, refusal, report)
+    report.done += src.size
 
 
 def _may_move(core: Core, number: int, src: I64, report: Report) -> Bools:
@@ -270,6 +305,7 @@ def _busy_moves(
         f"pfn {pfn:#x} is referenced", page=f"pfn {pfn:#x}", state="referenced",
         holders=core.ledger.holders(pfn), rule="restrictedmem.md §1: migration",
     )  # fmt: skip
+    core.waits.refused(refusal, pfn)
     gfns = _gfns(file, pgoffs[busy])[1]
     nowhere = np.full(int(busy.sum()), -1)
     return [Moved(src[busy], nowhere, Outcome.BUSY, file.info.vm, gfns, refusal)]

@@ -12,7 +12,7 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.core import Core, Step, Steps
-from rmemd.engine.fault import Stale, Trace, fault, file_of, is_private, map_now, unmapped
+from rmemd.engine.fault import Stale, Trace, Wanted, fault, file_of, is_private, map_now, unmapped
 from rmemd.errors import (
     BAD_RANGE,
     BAD_REQUEST,
@@ -200,7 +200,13 @@ def _alike(states: Bools) -> int:
 
 
 def fault_in(
-    core: Core, vm: Vm, slot: Slot, gfn: int, npages: int, trace: Trace | None = None
+    core: Core,
+    vm: Vm,
+    slot: Slot,
+    gfn: int,
+    npages: int,
+    trace: Trace | None = None,
+    write: bool = False,
 ) -> Steps[int]:
     """Map what is not mapped of a range inside one slot; return the retries it took."""
     missing = unmapped(vm, gfn, npages)
@@ -209,5 +215,6 @@ def fault_in(
     for state in (True, False):
         gfns = missing[private == state]
         if gfns.size:
-            retries += yield from fault(core, vm.info.vm, slot, gfns, state, trace)
+            wanted = Wanted(vm.info.vm, slot, gfns, state, write, trace)
+            retries += yield from fault(core, wanted)
     return retries

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 from rmemd.engine.core import Core, Step, Steps
-from rmemd.engine.guestcall import make_call
+from rmemd.engine.guestcall import make_call, take_exception
 from rmemd.engine.guestmemory import Stop, access
 from rmemd.engine.programme import ACCESSES, CALLS, Instruction, Opcode, check
 from rmemd.errors import VCPU_BUSY, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.model.vms import Vcpu, Vm
 
+T = TypeVar("T")
 EINTR = 4
 
 
@@ -74,12 +76,22 @@ def run(
     cancelled: Callable[[], bool],
 ) -> Steps[Exited]:
     """Run a vCPU until the guest exits."""
+    running = partial(_run, core, number, index, answer, max_instructions, cancelled)
+    return (yield from on_vcpu(core, number, index, running))
+
+
+def on_vcpu(core: Core, number: int, index: int, running: Callable[[], Steps[T]]) -> Steps[T]:
+    """Do something on a vCPU that is at rest, and on which nobody else does anything meanwhile.
+
+    Raises:
+        Busy: VCPU_BUSY.
+    """
     _at_rest(core, number, index)
     core.running.add((number, index))
     try:
-        return (yield from _run(core, number, index, answer, max_instructions, cancelled))
+        return (yield from running())
     except Exception:
-        yield from core.unit(lambda: _leave(core, number, index))
+        yield from core.unit(lambda: leave(core, number, index))
         raise
     finally:
         core.running.discard((number, index))
@@ -105,27 +117,30 @@ def _run(
     if vcpu.waiting:
         yield from core.unit(lambda: _answer_hypercall(core, number, index, answer))
     # the vendor may refuse the entry, before anything is faulted in
-    yield from core.unit(lambda: _enter(core, number, index))
+    yield from core.unit(lambda: enter(core, number, index))
     begun = vcpu.instructions
     while True:
         exited = yield from core.unit(lambda: _instruction(core, number, index))
         if exited is None:
             done = core.vms.get(number).vcpu(index).instructions - begun
-            if cancelled() or core.draining or 0 < max_instructions <= done:
+            ending = cancelled() or core.draining or number in core.leaving
+            if ending or 0 < max_instructions <= done:
                 exited = Exited(Exit.INTR, core.vms.get(number).vcpu(index), errno=EINTR)
         if exited is not None:
-            yield from core.unit(lambda: _leave(core, number, index))
+            yield from core.unit(lambda: leave(core, number, index))
             return replace(exited, vcpu=core.vms.get(number).vcpu(index))
         yield Step("guest")
 
 
-def _enter(core: Core, number: int, index: int) -> Steps[None]:
+def enter(core: Core, number: int, index: int) -> Steps[None]:
+    """Have the vCPU enter the guest; the vendor may refuse."""
     yield from ()
     with core.tx("enter") as tx:
         core.enter(tx, core.vms.alive(number), index)
 
 
-def _leave(core: Core, number: int, index: int) -> Steps[None]:
+def leave(core: Core, number: int, index: int) -> Steps[None]:
+    """Have the vCPU leave the guest, if it is in it."""
     yield from ()
     vm = core.vms.get(number)
     if vm.vcpu(index).inside:
@@ -187,9 +202,8 @@ def _access(core: Core, number: int, index: int, instruction: Instruction) -> St
     if isinstance(result, Stop):
         return _stopped(core, number, index, result)
     if result.exception:
-        return (
-            yield from _exception(core, number, index, instruction, result.gfn, result.exception)
-        )
+        stop = yield from take_exception(core, number, index, result.gfn, result.exception)
+        return None if stop is None else _stopped(core, number, index, stop)
     vm = core.vms.get(number)
     with core.tx("guest") as tx:
         vcpu = vm.vcpu(index)
@@ -225,26 +239,6 @@ def _call(core: Core, number: int, index: int, instruction: Instruction) -> Step
         if result.finished or vcpu.done * 4096 >= instruction.length:
             vcpu = _advanced(vcpu, result.status, result.status_name)
         tx.set(vm.vcpus, index, vcpu)
-    return None
-
-
-def _exception(
-    core: Core, number: int, index: int, instruction: Instruction, gfn: int, exception: Any
-) -> Steps[Exited | None]:
-    """The guest takes an exception: its handler accepts the page, or the guest is lost."""
-    vm = core.vms.get(number)
-    vcpu = vm.vcpu(index)
-    opcode = {"#VE": Opcode.ACCEPT, "#VC": Opcode.VALIDATE}.get(exception.vector)
-    if not vcpu.lazy_accept or opcode is None:
-        text = f"{exception.vector} {exception.code:#x}: {exception.text} (gfn {gfn:#x}), unhandled"
-        return Exited(Exit.SHUTDOWN, vcpu, gpa=gfn << 12, size=4096, text=text)
-    accept = Instruction(opcode, gfn << 12, 4096)
-    result = yield from make_call(core, number, index, accept, 0)
-    if isinstance(result, Stop):
-        return _stopped(core, number, index, result)
-    if result.finished and result.done == 0:
-        text = f"{exception.vector} handler: {opcode.name} gave {result.status_name}"
-        return Exited(Exit.SHUTDOWN, vcpu, gpa=gfn << 12, size=4096, text=text)
     return None
 
 

@@ -5,6 +5,14 @@ may answer and what leaving it out means.
 """
 
 from rmemd.hooks.spec import ENTRY_POINTS, HOOKS_VERSION, hookimpl
+from rmemd.hooks.state import (
+    RecordsState,
+    SparseState,
+    State,
+    TableState,
+    export_tables,
+    import_tables,
+)
 from rmemd.hooks.tables import Dense, Records, Space, Sparse, TableSpec
 from rmemd.hooks.tx import HookTx, HostContext, Tx, VmContext
 from rmemd.hooks.types import (
@@ -33,6 +41,7 @@ __all__ = [
     "ENTRY_POINTS", "HOOKS_VERSION", "HOST_VIEWS", "AccessAnswer", "AccessCode", "Agent",
     "CallAction", "CallAnswer", "Content", "Dense", "GuestCall", "GuestException",
     "HookTx", "HostAccess", "HostAnswer", "HostContext", "HostView", "PageKind", "PageStates",
-    "Pin", "Populated", "Records", "Runs", "Space", "Sparse", "TableSpec", "Tx", "Variant",
-    "VmContext", "Why", "hookimpl",
+    "Pin", "Populated", "Records", "RecordsState", "Runs", "Space", "Sparse", "SparseState",
+    "State", "TableSpec", "TableState", "Tx", "Variant", "VmContext", "Why", "export_tables",
+    "hookimpl", "import_tables",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from rmemd.hooks.spec import (
     ConsumerSpec,
     PlatformSpec,
 )
+from rmemd.hooks.state import State
 from rmemd.hooks.tx import HookTx, HostContext, VmContext
 from rmemd.hooks.types import (
     AccessAnswer,
@@ -62,6 +63,8 @@ class NotifierOps:
     guest_call: Callable[[HookTx, int, GuestCall, I64, int], CallAnswer] | None = None
     error: Callable[[HookTx, Runs, bool], str] | None = None
     page_state: Callable[[I64, I64], PageStates] | None = None
+    export_state: Callable[[], State] | None = None
+    import_state: Callable[[HookTx, State], None] | None = None
 
     def implemented(self) -> dict[str, bool]:
         """Return each op's name and whether it is implemented, in the table's order."""

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import pluggy
 
+from rmemd.hooks.state import State
 from rmemd.hooks.tx import HookTx, HostContext, VmContext
 from rmemd.hooks.types import (
     AccessAnswer,
@@ -142,6 +143,20 @@ class ConsumerSpec(Protocol):
     def page_state(self, gfns: I64, pfns: I64) -> PageStates:
         """Name the vendor's state of pages; reads only. When NULL: mapped or not is all."""
 
+    @_first
+    def export_state(self) -> State:
+        """Return all that the consumer keeps; reads only. When NULL: no swap.
+
+        No vCPU is in the guest, and nothing of the VM is in progress.
+        """
+
+    @_first
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Take over what another object exported, into tables that are empty. NULL if export is.
+
+        The platform's tables are as they were, ids and keys included: take nothing host-wide.
+        """
+
 
 class PlatformSpec(Protocol):
     """A vendor's host-wide half: one object per daemon."""
@@ -176,6 +191,8 @@ class PlatformSpec(Protocol):
         """
 
 
-CONSUMER_PAIRS: tuple[tuple[str, str], ...] = (("pin", "unpin"), ("enter", "leave"))  # fmt: skip
+CONSUMER_PAIRS: tuple[tuple[str, str], ...] = (
+    ("pin", "unpin"), ("enter", "leave"), ("export_state", "import_state"),
+)  # fmt: skip
 CONSUMER_MANDATORY: tuple[str, ...] = ("invalidate_start", "invalidate_end")
 PLATFORM_MANDATORY: tuple[str, ...] = ("variants", "start", "make_consumer", "destroy_consumer")

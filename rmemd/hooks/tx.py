@@ -12,11 +12,12 @@ step has agreed.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.tables import Dense, Records, Space, Sparse, TableSpec, Write
 from rmemd.hooks.types import KeySpec
 from rmemd.units import I64, U8
@@ -28,7 +29,19 @@ COUNTERS = "host/counters"
 
 
 class Held(Exception):
-    """A write touched what a suspended transaction holds: undo, wait for it, and run again."""
+    """A write touched what a suspended transaction holds: undo, wait for it, and run again.
+
+    Attributes:
+        holder: that transaction, ``None`` if nobody said.
+        write: the write that touched it.
+    """
+
+    def __init__(
+        self, text: str = "", holder: Tx | None = None, write: Write | None = None
+    ) -> None:
+        super().__init__(text)
+        self.holder = holder
+        self.write = write
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class Tx:
     def _do(self, write: Write) -> None:
         for holder in self.space.holders:
             if any(_overlap(write, held) for held in holder.redo):
-                raise Held(f"{write.table} is held by {holder.label}")
+                raise Held(f"{write.table} is held by {holder.label}", holder, write)
         self._undo.append(self.space.apply(write))
         self.redo.append(write)
 
@@ -281,32 +294,60 @@ class HookTx:
 
 @dataclass(frozen=True)
 class HostContext:
-    """What a platform is given: how many frames there are, and a maker of its tables."""
+    """What a platform is given: how many frames there are, and a maker of its tables.
+
+    ``reloading`` says that newer code takes over what older code kept: a table that is there is
+    handed back with what it holds, if it is asked for as it was made. ``asked`` are those.
+    """
 
     name: str
     nframes: int
     npackages: int
     tx: Tx
+    reloading: bool = False
+    asked: set[str] = field(default_factory=set)
 
-    def dense(self, table: str, dtype: str = "u1", fill: int = 0) -> Dense:
-        """Create an array by pfn."""
-        spec = TableSpec(f"platform/{self.name}/{table}", "dense", dtype, fill, self.nframes)
-        made: Dense = self.tx.create(spec)
+    def dense(
+        self, table: str, dtype: str = "u1", fill: int = 0, length: int | None = None
+    ) -> Dense:
+        """Create an array by pfn, or of another ``length``."""
+        n = self.nframes if length is None else length
+        made: Dense = self._table(table, "dense", dtype, fill, n)
+        return made
+
+    def sparse(self, table: str, dtype: str = "u1", fill: int = 0) -> Sparse:
+        """Create an array that costs what was touched, by any index."""
+        made: Sparse = self._table(table, "sparse", dtype, fill)
         return made
 
     def records(self, table: str) -> Records:
-        """Create a table of records."""
-        made: Records = self.tx.create(TableSpec(f"platform/{self.name}/{table}", "records"))
+        """Create a table of records; plain values (``State``) survive a reload."""
+        made: Records = self._table(table, "records")
         return made
+
+    def _table(self, table: str, kind: str, *shape: Any) -> Any:
+        spec = TableSpec(f"platform/{self.name}/{table}", kind, *shape)
+        self.asked.add(spec.name)
+        there = self.tx.space.tables.get(spec.name) if self.reloading else None
+        if there is None:
+            return self.tx.create(spec)
+        if there.spec != spec:
+            raise SWAP_SCHEMA(f"{spec.name} is {there.spec}, the new code asks for {spec}")
+        return there
 
 
 @dataclass(frozen=True)
 class VmContext:
-    """What a consumer is given: its VM's number and a maker of its tables."""
+    """What a consumer is given: its VM's number and a maker of its tables.
+
+    ``importing`` says that import_state comes next and brings what the VM has: ids, keys, entries.
+    Make the tables, and take nothing that is the host's.
+    """
 
     vm: int
     platform: str
     tx: Tx
+    importing: bool = False
 
     @property
     def prefix(self) -> str:
@@ -319,7 +360,7 @@ class VmContext:
         return made
 
     def records(self, table: str) -> Records:
-        """Create a table of records."""
+        """Create a table of records; their keys and values are plain (see ``State``)."""
         made: Records = self.tx.create(TableSpec(self.prefix + table, "records"))
         return made
 

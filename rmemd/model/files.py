@@ -14,6 +14,7 @@ import numpy as np
 from rmemd.errors import BINDING_OVERLAP, NO_SUCH_FILE
 from rmemd.hooks.tables import Records, Space, Sparse, TableSpec
 from rmemd.hooks.tx import Tx
+from rmemd.model.sessions import NOBODY, Owner
 from rmemd.units import I64
 
 FLAG_MMAP = 1
@@ -34,6 +35,7 @@ class FileInfo:
     size_pages: int
     flags: int
     in_place: bool
+    owner: Owner = NOBODY
 
     @property
     def mappable(self) -> bool:
@@ -100,11 +102,11 @@ class Files:
         self._views: dict[int, RestrictedFile] = {}
 
     def create(
-        self, tx: Tx, vm: int, size_pages: int, flags: int, in_place: bool
+        self, tx: Tx, vm: int, size_pages: int, flags: int, in_place: bool, owner: Owner = NOBODY
     ) -> RestrictedFile:
         """Make a file; its pages start as holes."""
         file = tx.next_id("file")
-        info = FileInfo(file, vm, size_pages, flags, in_place)
+        info = FileInfo(file, vm, size_pages, flags, in_place, owner)
         initially = SHARED if flags & (FLAG_INIT_SHARED | FLAG_ANONYMOUS) else PRIVATE
         tx.create(TableSpec(f"file/{file}/frames", "sparse", "i8"))
         tx.create(TableSpec(f"file/{file}/shared", "sparse", "i8"))

@@ -16,6 +16,7 @@ from rmemd.errors import NO_SUCH_VCPU, NO_SUCH_VM, VM_DEAD, VM_FROZEN
 from rmemd.hooks.tables import Records, Space, TableSpec
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs
+from rmemd.model.sessions import NOBODY, Owner
 from rmemd.units import I64, Bools
 
 LOG_DIRTY = 1
@@ -39,6 +40,7 @@ class VmInfo:
     private_memory: bool
     in_place: bool
     memlock_pages: int
+    owner: Owner = NOBODY
     config: Mapping[str, str] = field(default_factory=dict)
     state: str = "building"
     dead_reason: str = ""

@@ -1,18 +1,22 @@
 """From bytes on the wire to a service's method and back.
 
-Owns parsing, the size of messages, the deadline, the log line and the last resort. Requests are
-parsed here and not by grpc, so that malformed bytes are INVALID_ARGUMENT; whatever a method raises
-leaves as a typed status, and an exception without a name leaves as a correlation id only.
+Owns the one place where it is asked who calls and whether they may (``access.rules``); parsing, the
+size of messages, the deadline, the log line and the last resort. Requests are parsed here and not
+by grpc, so that malformed bytes are INVALID_ARGUMENT; whatever a method raises leaves as a typed
+status, and an exception without a name leaves as a correlation id only.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -21,8 +25,22 @@ from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from rmemd.access.callers import Caller
+from rmemd.access.rules import admit
+from rmemd.engine.cancel import Cancelled
 from rmemd.engine.engine import Engine
-from rmemd.errors import BAD_REQUEST, INTERNAL, MESSAGE_TOO_BIG, SYSTEM_MEMORY, TOO_MANY, RmemError
+from rmemd.engine.quotas import UNLIMITED, Quotas, over
+from rmemd.errors import (
+    BAD_REQUEST,
+    INTERNAL,
+    MESSAGE_TOO_BIG,
+    SYSTEM_MEMORY,
+    TOO_MANY,
+    RmemError,
+)
+from rmemd.rpc.doors import Door
+from rmemd.rpc.observe import Called, Observer, tell
+from rmemd.rpc.replies import Refused, Replies, Turn
 from rmemd.rpc.status import shorten, to_status
 
 BULK_BYTES = (1 << 20) + (1 << 16)
@@ -38,11 +56,22 @@ log = structlog.get_logger("rmemd.rpc")
 _numbers = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class Front:
+    """What every call of a server passes through."""
+
+    engine: Engine
+    door: Door
+    observers: Sequence[Observer] = ()
+    replies: Replies = field(default_factory=Replies)
+
+
 class Call:
     """One call, as a service's method sees it."""
 
-    def __init__(self, context: grpc.ServicerContext) -> None:
+    def __init__(self, context: grpc.ServicerContext, caller: Caller) -> None:
         self._context = context
+        self.caller = caller
 
     def is_over(self) -> bool:
         """Return whether the client went away or its deadline is about to pass."""
@@ -56,13 +85,30 @@ class Call:
         """Return whether the client is still there."""
         return bool(self._context.is_active())
 
+    def remaining_seconds(self) -> float:
+        """Return how long a wait may take, so that its reply is in time.
+
+        Of a call without a deadline it is longer than any wait may be.
+        """
+        remaining: float | None = self._context.time_remaining()
+        return math.inf if remaining is None else remaining - DEADLINE_MARGIN_SECONDS
+
+    @property
+    def cancelled(self) -> Cancelled:
+        """Return what an operation that may wait is given, to learn that its caller has gone."""
+        return Cancelled(self.is_over, self.when_over)
+
+    def when_over(self, tell: Callable[[], None]) -> None:
+        """Have ``tell`` called when the call is over, whoever ended it."""
+        self._context.add_callback(tell)
+
 
 def add_service(
-    server: grpc.Server, engine: Engine, descriptor: ServiceDescriptor, service: object
+    server: grpc.Server, front: Front, descriptor: ServiceDescriptor, service: object
 ) -> None:
     """Serve a service's methods: ``service`` has one per RPC, of the same name."""
     handlers = {
-        method.name: _handler(engine, descriptor, method, getattr(service, method.name))
+        method.name: _handler(front, descriptor, method, getattr(service, method.name))
         for method in descriptor.methods
         if hasattr(service, method.name)
     }
@@ -72,7 +118,7 @@ def add_service(
 
 
 def _handler(
-    engine: Engine,
+    front: Front,
     service: ServiceDescriptor,
     method: MethodDescriptor,
     function: Callable[[Any, Call], Any],
@@ -81,23 +127,34 @@ def _handler(
     name = f"{service.name}/{method.name}"
     limit = BULK_BYTES if method.name in BULK_METHODS else SMALL_BYTES
 
-    def unary(data: bytes, context: grpc.ServicerContext) -> Message:
-        with _Answering(engine, name, context) as answering, answering.named_in_logs():
-            reply: Message = function(_parse(request_class, data, limit), Call(context))
-            return reply
+    def unary(data: bytes, context: grpc.ServicerContext) -> Message | bytes:
+        with _Answering(front, name, context) as answering, answering.named_in_logs():
+            call = answering.call()
+            # before it is asked what the caller may: the first call may have ended its object
+            turn = answering.turn(call.caller, data)
+            if isinstance(turn, bytes):
+                return turn
+            request = _parse(request_class, data, limit)
+            admit(front.engine.core, call.caller, name, request)
+            reply: Message = function(request, call)
+            return reply if turn is None else turn.replied(reply.SerializeToString())
         raise AssertionError("unreachable: aborting raises")
 
     def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
-        with _Answering(engine, name, context), _streams:
-            yield from function(_parse(request_class, data, limit), Call(context))
+        with _Answering(front, name, context) as answering:
+            call = answering.call()
+            request = _parse(request_class, data, limit)
+            admit(front.engine.core, call.caller, name, request)
+            with _streams.of(call.caller.tenant, front.engine.core.quotas):
+                yield from function(request, call)
 
     if method.server_streaming:
         return grpc.unary_stream_rpc_method_handler(stream, None, _serialize)
     return grpc.unary_unary_rpc_method_handler(unary, None, _serialize)
 
 
-def _serialize(message: Message) -> bytes:
-    return message.SerializeToString()
+def _serialize(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _parse(request_class: type[Message], data: bytes, limit: int) -> Message:
@@ -113,28 +170,45 @@ class _Streams:
     """How many streams are open: fewer than there are workers, so that calls always get one."""
 
     def __init__(self) -> None:
-        self._open = 0
+        self._open: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._open >= STREAMS_MAX:
-                raise TOO_MANY(f"{STREAMS_MAX} watches are open")
-            self._open += 1
+    def count(self, tenant: str | None) -> int:
+        """Return how many a tenant has open, or all (None)."""
+        return self._open.total() if tenant is None else self._open[tenant]
 
-    def __exit__(self, *_: object) -> None:
+    @contextmanager
+    def of(self, tenant: str, quotas: Quotas) -> Iterator[None]:
+        """Have one open."""
         with self._lock:
-            self._open -= 1
+            if self._open.total() >= STREAMS_MAX:
+                raise TOO_MANY(f"{STREAMS_MAX} watches are open")
+            limit = quotas.of(tenant).watches
+            if limit != UNLIMITED and self._open[tenant] >= limit:
+                raise over("watches", tenant, self._open[tenant], 1, limit)
+            self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open[tenant] -= 1
 
 
 _streams = _Streams()
 
 
+def open_streams(tenant: str | None = None) -> int:
+    """Return how many streams a tenant has open, of every server in this process; None: all."""
+    return _streams.count(tenant)
+
+
 class _Answering:
     """Turn what a method raises into a status, and log the call once."""
 
-    def __init__(self, engine: Engine, name: str, context: grpc.ServicerContext) -> None:
-        self._engine, self._name, self._context = engine, name, context
+    def __init__(self, front: Front, name: str, context: grpc.ServicerContext) -> None:
+        self._front, self._name, self._context = front, name, context
+        self._tenant = ""
+        self._turn: Turn | None = None
 
     def __enter__(self) -> _Answering:
         self._begun = time.perf_counter()
@@ -145,27 +219,63 @@ class _Answering:
         """Have what this thread logs meanwhile (a hook's traceback) carry the call's id."""
         return structlog.contextvars.bound_contextvars(correlation=self._correlation)
 
+    def call(self) -> Call:
+        """Ask the door who calls."""
+        caller = self._front.door.caller(self._context)
+        self._tenant = caller.tenant
+        return Call(self._context, caller)
+
+    def turn(self, caller: Caller, data: bytes) -> Turn | bytes | None:
+        """Return the bytes that the same call was answered before, or the turn to carry it out."""
+        replies, context = self._front.replies, self._context
+        turn = replies.turn(caller.tenant, caller.session, self._name, data, context)
+        self._turn = turn if isinstance(turn, Turn) else None
+        return turn
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         took = round((time.perf_counter() - self._begun) * 1e3, 3)
         if error is None or isinstance(error, GeneratorExit):
             log.debug("call", method=self._name, ms=took)
+            self._tell("OK" if error is None else "CANCELLED")
             return
         correlation = self._correlation
-        refusal = self._name_it(error)
+        if isinstance(error, Refused):
+            log.info("refused again", method=self._name, ms=took, correlation=correlation)
+            self._tell(error.status.code.name)
+            self._context.abort_with_status(error.status)
+        refusal = name_error(error, correlation)
         log.info(
             "refused", method=self._name, ms=took, reason=refusal.reason.name,
-            message=shorten(refusal.message), correlation=correlation,
+            message=shorten(refusal.message), correlation=correlation, tenant=self._tenant,
+            why=refusal.details.for_log,
         )  # fmt: skip
-        self._context.abort_with_status(to_status(refusal, self._engine.revision, correlation))
+        self._tell(refusal.reason.kind.code, refusal.reason.name)
+        status = None
+        try:
+            status = to_status(refusal, self._front.engine.revision, correlation)
+        finally:
+            if self._turn is not None:
+                self._turn.refused(status)
+        self._context.abort_with_status(status)
 
-    def _name_it(self, error: BaseException) -> RmemError:
-        correlation = self._correlation
-        if isinstance(error, RmemError):
-            return error
-        if isinstance(error, (OSError, MemoryError)):
-            log.error("system", correlation=correlation, exc_info=error)
-            return SYSTEM_MEMORY("the system refused memory")
-        log.error("unexpected", correlation=correlation, exc_info=error)
-        return INTERNAL(f"unexpected; see the daemon's log under {correlation}")
+    def _tell(self, code: str, reason: str = "") -> None:
+        if self._front.observers:
+            took = time.perf_counter() - self._begun
+            metadata = self._context.invocation_metadata
+            tell(
+                self._front.observers,
+                Called(self._name, code, reason, took, self._correlation, metadata),
+            )
+
+
+def name_error(error: BaseException, correlation: str) -> RmemError:
+    """Return the refusal that an exception is told as; the log keeps what the reply must not."""
+    if isinstance(error, RmemError):
+        return error
+    if isinstance(error, (OSError, MemoryError)):
+        log.error("system", correlation=correlation, exc_info=error)
+        return SYSTEM_MEMORY("the system refused memory")
+    log.error("unexpected", correlation=correlation, exc_info=error)
+    return INTERNAL(f"unexpected; see the daemon's log under {correlation}")

@@ -8,6 +8,7 @@ from rmemd.engine.engine import Engine
 from rmemd.engine.queries import account
 from rmemd.errors import MESSAGE_TOO_BIG
 from rmemd.model.files import RestrictedFile
+from rmemd.model.sessions import DEVICE
 from rmemd.rpc.dispatch import Call
 from rmemd.units import PAGE_SIZE
 
@@ -32,7 +33,11 @@ class FileService:
 
     def ListFiles(self, request: pb.ListFilesRequest, call: Call) -> pb.ListFilesResponse:
         revision, files = self._engine.read(
-            lambda core: [describe(core, file) for file in core.files.all()]
+            lambda core: [
+                describe(core, file)
+                for file in core.files.all()
+                if call.caller.sees(file.info.owner)
+            ]
         )
         return pb.ListFilesResponse(revision=revision, files=files)
 
@@ -64,11 +69,16 @@ class FileService:
                 f"{request.length_bytes} bytes; one call reads {READ_BYTES_MAX}",
                 field="length_bytes",
             )
-        data = self._engine.read_shared(request.file, request.offset_bytes, request.length_bytes)
+        data = self._engine.read_shared(
+            request.file, request.offset_bytes, request.length_bytes, call.caller.session,
+            call.cancelled,
+        )
         return pb.ReadSharedResponse(revision=self._engine.revision, data=data)
 
     def WriteShared(self, request: pb.WriteSharedRequest, call: Call) -> pb.WriteSharedResponse:
-        self._engine.write_shared(request.file, request.offset_bytes, request.data)
+        self._engine.write_shared(
+            request.file, request.offset_bytes, request.data, call.caller.session, call.cancelled
+        )
         return pb.WriteSharedResponse(revision=self._engine.revision)
 
     def SetPolicy(self, request: pb.SetPolicyRequest, call: Call) -> pb.SetPolicyResponse:
@@ -91,12 +101,36 @@ class FileService:
             request.length_bytes,
             request.purpose,
             request.holder or "client",
+            call.caller.owner,
+            call.cancelled,
         )
         return pb.PinPagesResponse(revision=self._engine.revision, pin=pin)
 
     def UnpinPages(self, request: pb.UnpinPagesRequest, call: Call) -> pb.UnpinPagesResponse:
         self._engine.unpin(request.pin)
         return pb.UnpinPagesResponse(revision=self._engine.revision)
+
+    def ListPins(self, request: pb.ListPinsRequest, call: Call) -> pb.ListPinsResponse:
+        caller = call.caller
+        revision, pins = self._engine.read(
+            lambda core: [
+                pin
+                for pin in core.sessions.pins()
+                if request.file in (0, pin.file) and caller.sees(pin.owner)
+                and (caller.role != DEVICE or pin.owner.session == caller.session)
+            ]
+        )  # fmt: skip
+        return pb.ListPinsResponse(
+            revision=revision,
+            pins=[
+                pb.PagePin(
+                    pin=pin.pin, file=pin.file, offset_bytes=pin.pgoff * PAGE_SIZE,
+                    length_bytes=pin.npages * PAGE_SIZE, purpose=pin.purpose, holder=pin.holder,
+                    tenant=pin.owner.tenant, session=pin.owner.session,
+                )
+                for pin in pins
+            ],
+        )  # fmt: skip
 
 
 def describe(core: Core, file: RestrictedFile) -> pb.File:
@@ -105,7 +139,8 @@ def describe(core: Core, file: RestrictedFile) -> pb.File:
     message = pb.File(
         file=file.info.file, vm=file.info.vm, size_bytes=file.info.size_pages * PAGE_SIZE,
         flags=file.info.flags, blksize_bytes=PAGE_SIZE, private_pages=used.private,
-        shared_pages=used.shared + used.found,
+        shared_pages=used.shared + used.found, tenant=file.info.owner.tenant,
+        session=file.info.owner.session,
     )  # fmt: skip
     for _, b in file.bindings.items():
         message.bindings.add(pgoff=b.pgoff, npages=b.npages, vm=b.vm, slot=b.slot, gfn=b.gfn)

@@ -9,6 +9,7 @@ import numpy as np
 
 from rmem.v1 import host_pb2 as pb
 from rmem.v1 import types_pb2
+from rmemd.access.callers import Caller
 from rmemd.engine import queries
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core
@@ -43,7 +44,7 @@ class HostService:
         self._version = version
 
     def GetHost(self, request: pb.GetHostRequest, call: Call) -> pb.GetHostResponse:
-        revision, reply = self._engine.read(_host)
+        revision, reply = self._engine.read(lambda core: _host(core, call.caller))
         reply.revision, reply.version = revision, self._version
         return reply
 
@@ -76,24 +77,13 @@ class HostService:
         return pb.CopyPhysicalResponse(revision=self._engine.revision)
 
     def Migrate(self, request: pb.MigrateRequest, call: Call) -> pb.MigrateResponse:
-        _, pfns = self._engine.read(lambda core: _to_move(core, request))
-        node = request.node if request.HasField("node") else None
-        report = self._engine.migrate(pfns, node)
-        return pb.MigrateResponse(revision=self._engine.revision, report=_report(report))
+        return migrate(self._engine, request)
 
     def Compact(self, request: pb.CompactRequest, call: Call) -> pb.CompactResponse:
-        done = self._engine.compact(request.node)
-        return pb.CompactResponse(
-            revision=self._engine.revision, report=_report(done.report),
-            free_2m_before=done.free_2m_before, free_2m_after=done.free_2m_after,
-            blocked_2m=done.blocked_2m,
-        )  # fmt: skip
+        return compact(self._engine, request)
 
     def Offline(self, request: pb.OfflineRequest, call: Call) -> pb.OfflineResponse:
-        done = self._engine.offline(request.pfns.start, request.pfns.npages)
-        return pb.OfflineResponse(
-            revision=self._engine.revision, report=_report(done.report), offline=done.offline
-        )
+        return offline(self._engine, request)
 
     def Online(self, request: pb.OnlineRequest, call: Call) -> pb.OnlineResponse:
         online = self._engine.online(request.pfns.start, request.pfns.npages)
@@ -110,7 +100,7 @@ class HostService:
     def GetAccounting(
         self, request: pb.GetAccountingRequest, call: Call
     ) -> pb.GetAccountingResponse:
-        revision, reply = self._engine.read(lambda core: _accounts(core, request.vm))
+        revision, reply = self._engine.read(lambda core: _accounts(core, request.vm, call.caller))
         reply.revision = revision
         return reply
 
@@ -136,12 +126,56 @@ class HostService:
     def ExplainReason(
         self, request: pb.ExplainReasonRequest, call: Call
     ) -> pb.ExplainReasonResponse:
-        wanted = sorted(REASONS) if not request.reason else [request.reason.upper()]
-        if wanted[0] not in REASONS:
+        # a plugin may come or go meanwhile, and its reasons with it
+        known = dict(REASONS)
+        wanted = sorted(known) if not request.reason else [request.reason.upper()]
+        if wanted[0] not in known:
             raise NO_SUCH_REASON(f"no reason {request.reason!r}", field="reason")
         return pb.ExplainReasonResponse(
-            revision=self._engine.revision, reasons=[_reason(REASONS[name]) for name in wanted]
+            revision=self._engine.revision, reasons=[_reason(known[name]) for name in wanted]
         )
+
+    def GetWaitGraph(self, request: pb.GetWaitGraphRequest, call: Call) -> pb.GetWaitGraphResponse:
+        revision, graph = self._engine.read(lambda core: core.waits.graph(core.ledger))
+        reply = pb.GetWaitGraphResponse(revision=revision, deadlock=graph.deadlock)
+        for edge in graph.edges:
+            reply.edges.add(
+                waiter=edge.waiter, holder=edge.holder, why=edge.why, pages=edge.pages,
+                waiting=edge.waiting, revision=edge.revision,
+            )  # fmt: skip
+        return reply
+
+
+# --- the jobs that move pages, of a call or of a long job -----------------------------------------
+def migrate(
+    engine: Engine, request: pb.MigrateRequest, report: Report | None = None, who: str = ""
+) -> pb.MigrateResponse:
+    """Move pages, telling ``report`` on the way; return the reply."""
+    _, pfns = engine.read(lambda core: _to_move(core, request))
+    node = request.node if request.HasField("node") else None
+    done = engine.migrate(pfns, node, report, who)
+    return pb.MigrateResponse(revision=engine.revision, report=_report(done))
+
+
+def compact(
+    engine: Engine, request: pb.CompactRequest, report: Report | None = None, who: str = ""
+) -> pb.CompactResponse:
+    """Compact a node, telling ``report`` on the way; return the reply."""
+    done = engine.compact(request.node, report, who)
+    return pb.CompactResponse(
+        revision=engine.revision, report=_report(done.report), free_2m_before=done.free_2m_before,
+        free_2m_after=done.free_2m_after, blocked_2m=done.blocked_2m,
+    )  # fmt: skip
+
+
+def offline(
+    engine: Engine, request: pb.OfflineRequest, report: Report | None = None, who: str = ""
+) -> pb.OfflineResponse:
+    """Empty frames, telling ``report`` on the way; return the reply."""
+    done = engine.offline(request.pfns.start, request.pfns.npages, report, who)
+    return pb.OfflineResponse(
+        revision=engine.revision, report=_report(done.report), offline=done.offline
+    )
 
 
 # --- decoding --------------------------------------------------------------------------------
@@ -186,12 +220,15 @@ def _to_move(core: Core, request: pb.MigrateRequest) -> I64:
 
 
 # --- encoding --------------------------------------------------------------------------------
-def _host(core: Core) -> pb.GetHostResponse:
+def _host(core: Core, caller: Caller) -> pb.GetHostResponse:
     counts = core.host.counts()
     reply = pb.GetHostResponse(
         mock=True, seed=core.options.seed, nframes=core.host.nframes,
         free_pages=sum(buddy.free_pages(core.host, node) for node in core.host.nodes),
-        vms=len(core.vms.all()), files=len(core.files.all()), daemon_rss_bytes=_rss(),
+        vms=sum(caller.sees(vm.info.owner) for vm in core.vms.all()),
+        files=sum(caller.sees(file.info.owner) for file in core.files.all()),
+        sessions=sum(caller.sees(info.owner) for info in core.sessions.all()),
+        daemon_rss_bytes=_rss(), daemon_fds=_fds(),
         nodes=[_node(core, node) for node in core.host.nodes],
     )  # fmt: skip
     for use, npages in counts.items():
@@ -201,6 +238,11 @@ def _host(core: Core) -> pb.GetHostResponse:
 
 def _use(use: int) -> pb.FrameUse.ValueType:
     return cast("pb.FrameUse.ValueType", int(use) + 1)
+
+
+def _fds() -> int:
+    # the listing has a descriptor of its own
+    return sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1
 
 
 def _rss() -> int:
@@ -289,12 +331,12 @@ def _add_runs(reply: pb.MoveReport, move: Moved) -> None:
             run.refusal.holders.extend(map(holder_of, move.refusal.details.holders))
 
 
-def _accounts(core: Core, vm: int) -> pb.GetAccountingResponse:
+def _accounts(core: Core, vm: int, caller: Caller) -> pb.GetAccountingResponse:
     if vm:
         core.vms.get(vm)
     reply = pb.GetAccountingResponse()
     for file in core.files.all():
-        if vm in (0, file.info.vm):
+        if vm in (0, file.info.vm) and caller.sees(file.info.owner):
             a = queries.account(core, file)
             reply.files.add(
                 file=a.file, vm=a.vm, size_pages=a.size, private_pages=a.private,

@@ -1,66 +1,134 @@
-"""The gRPC server: its limits, its services, health and reflection.
+"""The gRPC servers: their limits, their services, health and reflection.
 
-Owns the settings; each has its reason in reliability.md §6. Ports are added before start, and
+Owns the settings; each has its reason in reliability.md §6. One server has one door (the Unix
+socket, or TCP); the services behind them are the same objects. Ports are added before start, and
 health says SERVING only after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+from google.longrunning import operations_pb2
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from rmem.v1 import consumer_pb2, file_pb2, host_pb2, vcpu_pb2, vm_pb2, watch_pb2
+from rmem.v1 import (
+    consumer_pb2,
+    file_pb2,
+    host_pb2,
+    job_pb2,
+    session_pb2,
+    vcpu_pb2,
+    vm_pb2,
+    watch_pb2,
+)
+from rmemd.access.callers import Access
 from rmemd.engine.engine import Engine
 from rmemd.rpc.consumers import ConsumerService
-from rmemd.rpc.dispatch import BULK_BYTES, add_service
+from rmemd.rpc.dispatch import BULK_BYTES, Front, add_service
 from rmemd.rpc.files import FileService
 from rmemd.rpc.host import HostService
+from rmemd.rpc.jobs import Jobs
+from rmemd.rpc.operations import JobService, Operations
+from rmemd.rpc.sessions import SessionService
 from rmemd.rpc.vcpus import VcpuService
 from rmemd.rpc.vms import VmService
 from rmemd.rpc.watch import WatchService
 
 # a vCPU that runs occupies a worker, as KVM_RUN occupies a thread
 WORKERS = 64
-OPTIONS: tuple[tuple[str, int], ...] = (
-    ("grpc.max_concurrent_streams", 64),
+COMMON_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", BULK_BYTES),
     ("grpc.max_metadata_size", 8192),
     ("grpc.absolute_max_metadata_size", 16384),
-    # A dead peer's Unix socket ends at once, so pings are for frozen peers only; with timeouts of
-    # a second a machine under load loses live clients (measured at load 9).
-    ("grpc.keepalive_time_ms", 10000),
-    ("grpc.keepalive_timeout_ms", 10000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.ping_timeout_ms", 10000),
     ("grpc.server_handshake_timeout_ms", 3000),
     ("grpc.max_connection_idle_ms", 300000),
     ("grpc.max_allowed_incoming_connections", 256),
     ("grpc.so_reuseport", 0),
 )
+UNIX_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_concurrent_streams", 64),
+    # A dead peer's Unix socket ends at once, so pings are for frozen peers only; with timeouts of
+    # a second a machine under load loses live clients (measured at load 9).
+    ("grpc.keepalive_time_ms", 10000),
+    ("grpc.keepalive_timeout_ms", 10000),
+    ("grpc.http2.ping_timeout_ms", 10000),
+)
+TCP_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_concurrent_streams", 100),
+    # nothing but a ping tells that a remote machine is gone
+    ("grpc.keepalive_time_ms", 10000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.http2.ping_timeout_ms", 5000),
+)
+Service = tuple[ServiceDescriptor, object]
+
+
+def make_services(
+    engine: Engine, access: Access, version: str, fds_passed: Callable[[str], int], jobs: Jobs
+) -> list[Service]:
+    """Make the services of one engine, for any number of servers."""
+    made = (
+        (host_pb2, HostService(engine, version)),
+        (file_pb2, FileService(engine)),
+        (vm_pb2, VmService(engine)),
+        (vcpu_pb2, VcpuService(engine)),
+        (consumer_pb2, ConsumerService(engine)),
+        (watch_pb2, WatchService(engine)),
+        (session_pb2, SessionService(engine, access, fds_passed)),
+        (job_pb2, JobService(engine, jobs)),
+        (operations_pb2, Operations(jobs)),
+    )
+    return [
+        (module.DESCRIPTOR.services_by_name[type(service).__name__], service)
+        for module, service in made
+    ]
 
 
 class RpcServer:
-    """The services of one engine on one address."""
+    """Services behind one door.
 
-    def __init__(self, engine: Engine, version: str) -> None:
-        self._engine = engine
+    Args:
+        front: what every call passes through.
+        services: from ``make_services``.
+        options: UNIX_OPTIONS or TCP_OPTIONS.
+        reflect: whether it tells strangers what it serves.
+    """
+
+    def __init__(
+        self,
+        front: Front,
+        services: Sequence[Service],
+        options: tuple[tuple[str, int], ...],
+        reflect: bool,
+    ) -> None:
         self._server = grpc.server(
             ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
-            options=OPTIONS, maximum_concurrent_rpcs=WORKERS,
+            options=(*COMMON_OPTIONS, *options), maximum_concurrent_rpcs=WORKERS,
         )  # fmt: skip
         self._health = health.HealthServicer()
-        self._names = self._add_services(version)
+        self._names = [descriptor.full_name for descriptor, _ in services]
+        for descriptor, service in services:
+            add_service(self._server, front, descriptor, service)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if reflect:
+            names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
 
-    def bind(self, address: str) -> None:
-        """Bind an address ("unix:/path").
+    def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+        """Bind an address ("unix:/path", "127.0.0.1:0") and return its port.
 
         Raises:
             RuntimeError: it cannot be bound.
         """
-        self._server.add_insecure_port(address)
+        if credentials is None:
+            return self._server.add_insecure_port(address)
+        return self._server.add_secure_port(address, credentials)
 
     def start(self) -> None:
         """Serve, then say so."""
@@ -68,29 +136,10 @@ class RpcServer:
         for name in ("", *self._names):
             self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
-    def drain(self, grace_seconds: float) -> None:
-        """Say NOT_SERVING, have running vCPUs exit, wait for calls in flight, stop."""
+    def announce_end(self) -> None:
+        """Say NOT_SERVING."""
         self._health.enter_graceful_shutdown()
-        self._engine.drain()
-        self._server.stop(grace_seconds).wait()
 
-    def _add_services(self, version: str) -> list[str]:
-        engine = self._engine
-        services = (
-            (host_pb2, "HostService", HostService(engine, version)),
-            (file_pb2, "FileService", FileService(engine)),
-            (vm_pb2, "VmService", VmService(engine)),
-            (vcpu_pb2, "VcpuService", VcpuService(engine)),
-            (consumer_pb2, "ConsumerService", ConsumerService(engine)),
-            (watch_pb2, "WatchService", WatchService(engine)),
-        )
-        names = []
-        for module, name, service in services:
-            descriptor = module.DESCRIPTOR.services_by_name[name]
-            add_service(self._server, engine, descriptor, service)
-            names.append(descriptor.full_name)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
-        return names
+    def stop(self, grace_seconds: float) -> None:
+        """Wait for calls in flight, stop."""
+        self._server.stop(grace_seconds).wait()

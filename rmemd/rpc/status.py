@@ -32,6 +32,11 @@ RETRY_NANOS = 10_000_000
 
 def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Status:
     """Return what a handler aborts with."""
+    return rpc_status.to_status(status_of(refusal, revision, correlation))
+
+
+def status_of(refusal: RmemError, revision: int, correlation: str) -> Status:
+    """Return a refusal as google.rpc.Status, as a long job's operation carries it too."""
     code = grpc.StatusCode[refusal.reason.kind.code]
     refusal = _bounded(refusal)
     status = Status(code=code.value[0], message=f"{refusal.reason.name}: {refusal.message}")
@@ -39,7 +44,7 @@ def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Statu
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
-    return rpc_status.to_status(status)
+    return status
 
 
 def refusal_of(refusal: RmemError, revision: int = 0) -> types_pb2.Refusal:

@@ -8,7 +8,8 @@ from rmem.v1 import vcpu_pb2 as pb
 from rmemd.engine.engine import Engine
 from rmemd.engine.programme import Instruction, Opcode, Pattern
 from rmemd.engine.vcpu import Exited
-from rmemd.errors import BAD_REQUEST
+from rmemd.errors import BAD_REQUEST, ROLE_DENIED
+from rmemd.model.sessions import GUEST
 from rmemd.rpc.dispatch import Call
 from rmemd.rpc.status import refusal_of
 
@@ -36,9 +37,33 @@ class VcpuService:
             raise BAD_REQUEST("max_instructions is negative", field="max_instructions")
         exited = self._engine.run_vcpu(
             request.vm, request.vcpu, request.hypercall_result, request.max_instructions,
-            call.is_over,
+            call.cancelled,
         )  # fmt: skip
         return _encode(exited, self._engine.revision)
+
+    def ReadGuest(self, request: pb.ReadGuestRequest, call: Call) -> pb.ReadGuestResponse:
+        _require_guest(call)
+        data = self._engine.read_guest(
+            request.vm, request.vcpu, request.gpa, request.length_bytes, request.private,
+            call.cancelled,
+        )  # fmt: skip
+        return pb.ReadGuestResponse(revision=self._engine.revision, data=data)
+
+    def WriteGuest(self, request: pb.WriteGuestRequest, call: Call) -> pb.WriteGuestResponse:
+        _require_guest(call)
+        self._engine.write_guest(
+            request.vm, request.vcpu, request.gpa, request.data, request.private, call.cancelled
+        )
+        return pb.WriteGuestResponse(revision=self._engine.revision)
+
+
+def _require_guest(call: Call) -> None:
+    """Refuse everybody but the guest, where its plaintext would leave: the table says so too."""
+    if call.caller.role != GUEST:
+        raise ROLE_DENIED(
+            f"guest memory is not for the {call.caller.role} role",
+            state=f"role {call.caller.role}", rule="DESIGN §4: no host-role reply has plaintext",
+        )  # fmt: skip
 
 
 def _decode(index: int, one: pb.Instruction) -> Instruction:

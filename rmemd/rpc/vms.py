@@ -11,8 +11,9 @@ from rmemd.engine.engine import Engine
 from rmemd.engine.fault import locked_pages
 from rmemd.engine.queries import mapped_counts
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, NOT_PAGE_ALIGNED
+from rmemd.model.sessions import Owner
 from rmemd.model.vms import ATTRIBUTE_PRIVATE, Vm
-from rmemd.rpc.consumers import personality
+from rmemd.rpc.consumers import personality, swap_message
 from rmemd.rpc.dispatch import Call
 from rmemd.units import MAX_GFN, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
 
@@ -32,6 +33,7 @@ class VmService:
             request.consumer, _in_place(request.personality), dict(request.config),
             request.memlock_pages, request.name,
             request.starts_private if request.HasField("starts_private") else None,
+            Owner(call.caller.tenant) if request.detached else call.caller.owner,
         )  # fmt: skip
         return pb.CreateVmResponse(revision=self._engine.revision, vm=vm.info.vm)
 
@@ -41,7 +43,9 @@ class VmService:
 
     def ListVms(self, request: pb.ListVmsRequest, call: Call) -> pb.ListVmsResponse:
         revision, vms = self._engine.read(
-            lambda core: [describe(core, vm) for vm in core.vms.all()]
+            lambda core: [
+                describe(core, vm) for vm in core.vms.all() if call.caller.sees(vm.info.owner)
+            ]
         )
         return pb.ListVmsResponse(revision=revision, vms=vms)
 
@@ -88,7 +92,9 @@ class VmService:
         return pb.FinalizeResponse(revision=self._engine.revision, measurement=measurement)
 
     def PreFault(self, request: pb.PreFaultRequest, call: Call) -> pb.PreFaultResponse:
-        done = self._engine.pre_fault(request.vm, request.gpa, request.size_bytes, request.trace)
+        done = self._engine.pre_fault(
+            request.vm, request.gpa, request.size_bytes, request.trace, call.cancelled
+        )
         reply = pb.PreFaultResponse(
             revision=self._engine.revision, done_pages=done.done_pages,
             left_bytes=done.left_bytes, retries=done.retries,
@@ -96,6 +102,12 @@ class VmService:
         for step, references, pins in done.trace.steps:
             reply.steps.add(step=step, references=references, pins=pins)
         return reply
+
+    def SwapConsumer(
+        self, request: pb.SwapConsumerRequest, call: Call
+    ) -> pb.SwapConsumerResponse:
+        swapped = self._engine.swap_consumer(request.vm, request.consumer, dict(request.config))
+        return swap_message(swapped, self._engine.revision)
 
 
 def _in_place(wanted: types_pb2.Personality.ValueType) -> bool | None:
@@ -154,7 +166,8 @@ def describe(core: Core, vm: Vm) -> pb.Vm:
         vm=info.vm, consumer=info.consumer, personality=personality(info.in_place), name=info.name,
         state=info.state, dead_reason=info.dead_reason, measurement=info.measurement,
         vcpus=len(vm.vcpus), mapped_private_pages=private, mapped_shared_pages=shared,
-        locked_pages=locked_pages(core, vm),
+        locked_pages=locked_pages(core, vm), tenant=info.owner.tenant, session=info.owner.session,
+        config=dict(info.config),
     )  # fmt: skip
     for _, slot in sorted(vm.slots.items()):
         message.slots.add(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rmem.v1 import watch_pb2 as pb
+from rmemd.access.callers import Caller
 from rmemd.engine.engine import Engine
 from rmemd.engine.journal import Event
 from rmemd.errors import BAD_REQUEST, RmemError
+from rmemd.model.sessions import GUEST
 from rmemd.rpc.dispatch import Call
 
 # how long a watch without news waits before it looks whether its client is still there
@@ -44,12 +46,23 @@ class WatchService:
                 yield pb.WatchResponse(lost=oldest - at)
                 at = oldest
                 continue
-            yield from (_encode(event) for event in events if _wanted(event, request))
+            yield from (
+                _encode(event)
+                for event in events
+                if _wanted(event, request) and _may_see(event, call.caller)
+            )
             at = events[-1].revision if events else now
             yield pb.WatchResponse(progress_revision=at)
 
     def _events(self, after: int) -> list[Event]:
         return self._engine.read(lambda core: core.journal.events_after(after))[1]
+
+
+def _may_see(event: Event, caller: Caller) -> bool:
+    """Events of a tenant are that tenant's; those of nobody are the operator's."""
+    if caller.role == GUEST:
+        return event.vm == caller.vm
+    return caller.is_admin or event.fields.get("tenant") == caller.tenant
 
 
 def _wanted(event: Event, request: pb.WatchRequest) -> bool:

@@ -93,6 +93,15 @@ class Memfd:
             found.append(np.arange(data // PAGE_SIZE, at // PAGE_SIZE, dtype=np.int64))
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
+    def reopen(self, read_only: bool) -> int:
+        """Return a descriptor to be passed on, which the caller closes.
+
+        It is another open file: flags that its receiver sets on it (O_APPEND would divert our
+        positioned writes) and its offset are not ours.
+        """
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        return os.open(f"/proc/self/fd/{self.fd}", flags | os.O_CLOEXEC)
+
     def close(self) -> None:
         """Close the descriptor; the bytes go with the last one."""
         os.close(self.fd)

@@ -28,6 +28,7 @@ from rmemd.model.host import Use
 from rmemd.model.vms import unpack
 from rmemd.testing.guestmodel import PAGES, ModelGuest
 from rmemd.testing.recorder import Recorder, reachable
+from rmemd.testing.strangers import taken
 
 NFRAMES = 2048
 # VMs that are made at most to see how many keys the vendor has
@@ -41,6 +42,9 @@ ACTIONS: tuple[tuple[str, int], ...] = (
 )  # fmt: skip
 # after these the guest looks at its pages at once
 CHANGES = frozenset(("punch", "convert", "migrate", "poison"))
+# so many steps after the last one, a VM's consumer is swapped: these ops are broken only there
+SWAP_EVERY = 12
+SWAPPING = ("export_state", "import_state")
 WITHOUT_RANGE = frozenset(("change_slot", "close_file", "destroy"))
 
 
@@ -173,6 +177,8 @@ class _Run:
             if len(self.report.findings) >= FINDINGS_MAX:
                 break
             self.step()
+            if self.report.steps % SWAP_EVERY == 0:
+                self.swap()
         self.op = "teardown"
         self.recorder.begin()
         for guest in self.guests:
@@ -276,9 +282,42 @@ class _Run:
         self.look()
         self.create("in-place" if guest.in_place else "attributes")
 
+    def swap(self) -> None:
+        """Have a fresh object take over from a VM's consumer, in the middle of everything.
+
+        The first ones are broken: each of the two ops, before and after it ran.
+        """
+        usable = [guest for guest in self.guests if not guest.dead]
+        offered = self.core.registry.offers[self.variant].ops
+        if not usable or offered.export_state is None:
+            return
+        guest = usable[self.report.steps // SWAP_EVERY % len(usable)]
+        waiting = [op for op in SWAPPING if self.recorder.undone[op] < 2]
+        how = ("before", "after")[self.recorder.undone[waiting[0]] % 2] if waiting else ""
+        before, raw = self.core.space.snapshot(), guest.ops
+        self.recorder.begin(waiting[0] if waiting else "", how)
+        refusal = self.act("swap", guest.swap)
+        if waiting:
+            # the object that did not take over is asked no more
+            self.recorder.tables[guest.vm] = raw
+        elif isinstance(refusal, RmemError):
+            self.found("swap", f"vm/{guest.vm}: its consumer cannot be swapped: {refusal}")
+        made, own = guest.consumer.made, f"vm/{guest.vm}/{self.platform.name}/"
+        self.attributes[guest.vm] = (made, _plain(made))
+        differ = [name for name in same_state(before, self.core.space.snapshot())
+                  if name.startswith(("platform/", own))]  # fmt: skip
+        if differ:
+            self.found("swap", f"these tables are not what they were: {differ}")
+        self.look()
+        variant = self.core.registry.offers[self.variant].variant
+        if guest.ops.export_state is not None:
+            state = guest.ops.export_state()
+            for text in taken(self.core, guest.consumer, variant, self.config, state):
+                self.found("swap", text)
+
     def trip(self) -> tuple[str, str]:
         """Choose the op that is to raise in this step, "" for none: each before and after."""
-        waiting = [op for op in self.ops if self.recorder.undone[op] < 2]
+        waiting = [op for op in self.ops if self.recorder.undone[op] < 2 and op not in SWAPPING]
         if not waiting or self.rng.random() < 0.5:
             return "", ""
         op = self.rng.choice(waiting)

@@ -20,6 +20,7 @@ from rmemd.engine.migrate import Outcome
 from rmemd.engine.programme import Instruction, Opcode, Pattern, make_rows
 from rmemd.engine.vcpu import Exit, Exited
 from rmemd.errors import PluginFault, RmemError
+from rmemd.hooks.ops import NotifierOps
 from rmemd.hooks.types import Agent, Content
 from rmemd.model.files import FLAG_MMAP
 from rmemd.model.vms import GUEST_MEMFD
@@ -73,7 +74,6 @@ class ModelGuest:
         self.slot, self.file_open = False, True
         info = engine.create_vm(variant, in_place, config).info
         self.vm, self.in_place, self.private_memory = info.vm, in_place, info.private_memory
-        self.ops = self.consumer.ops
         recorder.watch(self.consumer)
         flags = FLAG_MMAP if in_place else 0
         self.file = engine.create_file(self.vm, PAGES * PAGE_SIZE, flags).info.file
@@ -84,6 +84,11 @@ class ModelGuest:
     def consumer(self) -> Consumer:
         """Return the VM's consumer."""
         return self.engine.core.consumers[self.vm]
+
+    @property
+    def ops(self) -> NotifierOps:
+        """Return the consumer's table as the plugin made it."""
+        return self.recorder.tables[self.vm]
 
     @property
     def dead(self) -> bool:
@@ -322,6 +327,16 @@ class ModelGuest:
         """Close the file; nothing of it may be left."""
         self.engine.close_file(self.file)
         self.file_open = False
+
+    def swap(self) -> None:
+        """Have another object of the same variant take over."""
+        registry = self.engine.core.registry
+        before = registry.made
+        registry.made = self.recorder.watch
+        try:
+            self.engine.swap_consumer(self.vm)
+        finally:
+            registry.made = before
 
     def destroy(self) -> None:
         """Destroy the VM."""

@@ -52,6 +52,7 @@ class Recorder:
         contents: (vm, gfn) -> what ``convert`` said of the page, since ``begin``.
         starts: the brackets that were begun and committed since ``begin``.
         tripped: whether the op that was to raise was called since ``begin``.
+        tables: VM -> its consumer's table as the plugin made it.
     """
 
     def __init__(self, core: Core) -> None:
@@ -60,6 +61,7 @@ class Recorder:
         self.contents: dict[tuple[int, int], Content] = {}
         self.starts: list[Bracket] = []
         self.tripped = False
+        self.tables: dict[int, NotifierOps] = {}
         self._core = core
         self._trip = ("", "")
         self._trip_tx: Tx | None = None
@@ -75,11 +77,11 @@ class Recorder:
 
     def watch(self, watched: Consumer | Platform) -> None:
         """Put the recorder between the engine and a consumer, or a platform."""
-        vm = watched.vm if isinstance(watched, Consumer) else 0
         if isinstance(watched, Consumer):
-            watched.ops = self._wrapped(watched.ops, vm)
+            self.tables[watched.vm] = watched.ops
+            watched.ops = self._wrapped(watched.ops, watched.vm)
         else:
-            watched.ops = self._wrapped(watched.ops, vm)
+            watched.ops = self._wrapped(watched.ops, 0)
 
     def begin(self, trip: str = "", how: str = "before") -> None:
         """Begin a step; the op ``trip`` raises once in it, "before" it ran or "after"."""

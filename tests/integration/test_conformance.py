@@ -33,6 +33,10 @@ MUTANTS = {
     "NeverUnblocks": "answer",
     "FreesNothing": "frames",
     "RunsOutOfKeys": "keys",
+    "LeavesStateBehind": "answer",
+    "TakesAnybodysState": "swap",
+    "TakesAKeyAgain": "swap",
+    "ExportsItsOwnClass": "answer",
 }
 
 

@@ -27,10 +27,11 @@ REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.ALREADY_EXISTS,
     grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.ABORTED, grpc.StatusCode.OUT_OF_RANGE, grpc.StatusCode.DATA_LOSS,
+    grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED,
 }  # fmt: skip
 # what was executed or done before a refusal stays: progress PREFIX
-KEEPS_A_PREFIX = {"RunVcpu", "Populate"}
-HANDLES = {"vm", "file", "pin", "rule", "vcpu"}
+KEEPS_A_PREFIX = {"RunVcpu", "Populate", "WriteGuest"}
+HANDLES = {"vm", "file", "pin", "rule", "vcpu", "session"}
 
 
 # --- messages from descriptors -------------------------------------------------------------------
@@ -71,6 +72,7 @@ SCALARS: dict[int, st.SearchStrategy[Any]] = {
     FieldDescriptor.TYPE_INT32: _integers(32, True),
     FieldDescriptor.TYPE_UINT32: _integers(32, False),
     FieldDescriptor.TYPE_BOOL: st.booleans(),
+    FieldDescriptor.TYPE_DOUBLE: st.floats(),
     FieldDescriptor.TYPE_STRING: TEXTS,
     FieldDescriptor.TYPE_BYTES: BYTES,
 }
@@ -146,7 +148,8 @@ class Bench:
         before, self.state = self.state, None
         raw = data if isinstance(data, bytes) else data.SerializeToString()
         # a programme may loop for ever: then RunVcpu ends before the deadline
-        answer = self.rpc.call_raw(name, raw, deadline=0.5 if name == "RunVcpu" else 20)
+        deadline = 0.5 if name == "RunVcpu" else 20
+        answer = self.rpc.call_raw(name, raw, deadline, self.world.sent_with(name))
         assert self.daemon.process.poll() is None, self.daemon.log[-4000:]
         if answer.ok:
             if self.world.intact:
@@ -189,6 +192,11 @@ class Bench:
             self.rpc.call("DestroyVm", _request("DestroyVm", vm=vm.vm))
         for file in self.world.must("ListFiles").files:
             self.rpc.call("CloseFile", _request("CloseFile", file=file.file))
+        for session in self.world.must("ListSessions").sessions:
+            self.rpc.call("CloseSession", _request("CloseSession", session=session.session))
+        for pin in self.world.must("ListPins").pins:
+            self.rpc.call("UnpinPages", _request("UnpinPages", pin=pin.pin))
+        self.world.must("LoadPlugins")
         self.rpc.call("Online", _request("Online", pfns={"start": 0, "npages": 16384}))
         self.world = World(self.rpc)
         self.state = whole_state(self.rpc)

@@ -159,6 +159,11 @@ def inspect(engine: Engine, consumer: str) -> tuple[Guest, Callable[[], Any]]:
     return guest, lambda: engine.page(int(guest.pfns(0)[0]))
 
 
+def swap(engine: Engine, consumer: str) -> tuple[Guest, Callable[[], Any]]:
+    guest = _launched(engine, consumer)
+    return guest, lambda: engine.swap_consumer(guest.vm)
+
+
 def create(engine: Engine, consumer: str) -> tuple[Guest, Callable[[], Any]]:
     return _launched(engine, consumer), lambda: engine.create_vm(consumer)
 
@@ -188,7 +193,10 @@ SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "guest_call": (call,),
     "error": (poison,),
     "page_state": (inspect,),
+    "export_state": (swap,),
 }
+# what is asked of an object before it is the VM's consumer: test_swap.py breaks it for each
+ELSEWHERE = frozenset(("import_state",))
 PLATFORM_SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "make_consumer": (create,),
     "destroy_consumer": (destroy,),
@@ -330,7 +338,7 @@ def test_every_op_of_every_consumer_is_among_the_cases(engine: Engine) -> None:
         (consumer, op)
         for consumer, offer in engine.core.registry.offers.items()
         for op, there in offer.ops.implemented().items()
-        if there
+        if there and op not in ELSEWHERE
     }
     covered = {(case.values[0], case.values[1]) for case in _cases()}
     assert covered == implemented

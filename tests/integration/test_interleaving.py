@@ -13,7 +13,7 @@ from rmemd.engine import compact, memory
 from rmemd.engine.core import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
-from rmemd.engine.migrate import Outcome
+from rmemd.engine.migrate import Outcome, Report
 from rmemd.model.host import Use
 from rmemd.units import PAGE_SIZE
 
@@ -21,7 +21,7 @@ from rmemd.units import PAGE_SIZE
 def _others(engine: Engine, guest: Guest) -> dict[str, Callable[[], Steps[Any]]]:
     core = engine.core
     handle = engine.pin(guest.file, 0, PAGE_SIZE, "DMA", "device/1")
-    core.run(lambda: compact.offline(core, 300, 4))
+    core.run(lambda: compact.offline(core, 300, 4, Report()))
     return {
         "pin": lambda: memory.pin(core, guest.file, 5 * PAGE_SIZE, PAGE_SIZE, "DMA", "device/2"),
         "unpin": lambda: memory.unpin(core, handle),

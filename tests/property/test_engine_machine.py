@@ -218,6 +218,20 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.online(start, n)
 
     @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def swap(self, data: st.DataObject) -> None:
+        """Another consumer takes over, or nothing has happened; its own always can."""
+        known = self._pick(data)
+        offers, guest = self.engine.core.registry.offers, known.guest
+        kin = [name for name in CONSUMERS if offers[name].platform == guest.platform]
+        name = data.draw(st.sampled_from(kin))
+        refusal = self._refused(lambda: self.engine.swap_consumer(guest.vm, name))
+        if refusal is None:
+            guest.consumer_name = name
+        elif name == guest.consumer_name:
+            assert refusal.reason.name == "VM_DEAD", refusal
+
+    @precondition(lambda self: self.known)
     @rule(data=st.data(), rarely=st.sampled_from([0, 0, 1]))
     def poison(self, data: st.DataObject, rarely: int) -> None:
         known = self._pick(data)

@@ -1,15 +1,16 @@
 """What every command shares: the global options, the settings they make, the lazy client.
 
 Owns ``Settings`` (click's context object) and the command classes that accept the global options
-in either place: ``rmemctl -o json vm list`` and ``rmemctl vm list -o json``. Imports neither grpc
-nor rich, so that ``--help`` is fast.
+in either place: ``rmemctl -o json vm list`` and ``rmemctl vm list -o json``. A command that shows
+state says so (``watchable``), and is then run again whenever something happened. Imports neither
+grpc nor rich, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
     from .output import Output
 
-FORMATS = ["table", "json", "jsonl", "name"]
+FORMATS = ["table", "json", "jsonl", "name", "dot"]
+HINT = "`rmemctl watch` prints events"
+# what Tab may take: a shell waits for it
+COMPLETION_DEADLINE_S = 1.0
 
 
 class Settings:
@@ -28,17 +32,23 @@ class Settings:
         self.socket_dir: str | None = None
         self.output: str = "table"
         self.no_headers: bool = False
+        self.watch: bool = False
+        self.stream: IO[str] = sys.stdout
         self._client: Client | None = None
 
     @property
     def client(self) -> Client:
         """The client, made when it is first needed (importing grpc takes 70 ms)."""
         if self._client is None:
-            # gRPC's C core logs failed connections by itself; the error says it better
-            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-            from rmem_client import Client
+            self._client = _client_class()(self.socket_dir)
+        return self._client
 
-            self._client = Client(self.socket_dir)
+    def completion_client(self) -> Client:
+        """Make the client for completions, which does not wait long."""
+        if self._client is None:
+            self._client = _client_class()(
+                self.socket_dir, deadline_s=COMPLETION_DEADLINE_S, reconnect_s=0
+            )
         return self._client
 
     @property
@@ -46,12 +56,20 @@ class Settings:
         """Where a command's result goes."""
         from .output import Output
 
-        return Output(self.output, headers=not self.no_headers, stream=sys.stdout)
+        return Output(self.output, headers=not self.no_headers, stream=self.stream)
 
     def close(self) -> None:
         """Close the client, if there is one."""
         if self._client is not None:
             self._client.close()
+
+
+def _client_class() -> type[Client]:
+    # gRPC's C core logs failed connections by itself; the error says it better
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from rmem_client import Client
+
+    return Client
 
 
 def _store(ctx: click.Context, param: click.Parameter, value: Any) -> None:
@@ -79,7 +97,7 @@ def global_options(*, hidden: bool = False) -> list[click.Parameter]:
             expose_value=False,
             hidden=hidden,
             help="How to print the result [default: table]. json is one object, jsonl one line "
-            "per item, name only the handles.",
+            "per item, name only the handles; dot is for graphs.",
         ),
         click.Option(
             ["--no-headers"],
@@ -89,15 +107,46 @@ def global_options(*, hidden: bool = False) -> list[click.Parameter]:
             hidden=hidden,
             help="Leave the header lines of tables out.",
         ),
+        click.Option(
+            ["-w", "--watch"],
+            is_flag=True,
+            callback=_store,
+            expose_value=False,
+            hidden=hidden,
+            help="Show it again whenever something happens, until interrupted; for commands that "
+            "show state.",
+        ),
     ]
 
 
 class Command(click.Command):
-    """A command that takes the global options after its name too."""
+    """A command that takes the global options after its name too.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        watchable: whether it only shows state, so that --watch can run it again.
+        graph: whether it has a graph to draw, so that it takes -o dot.
+    """
+
+    def __init__(
+        self, *args: Any, watchable: bool = False, graph: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.watchable = watchable
+        self.graph = graph
         self.params += global_options(hidden=True)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, once or whenever something happened."""
+        settings = ctx.ensure_object(Settings)
+        if settings.output == "dot" and not self.graph:
+            raise click.UsageError("-o dot is for commands that show a graph (host graph)", ctx)
+        if not settings.watch:
+            return super().invoke(ctx)
+        if not self.watchable:
+            raise click.UsageError(f"--watch is for commands that show state; {HINT}", ctx)
+        from .follow import follow
+
+        follow(settings, lambda: super(Command, self).invoke(ctx))
 
 
 class Group(click.Group):

@@ -13,7 +13,22 @@ import click
 
 from . import errors
 from .app import Group, Settings, global_options
-from .commands import consumers, explain, fault, host, jobs, mem, page, vm, watch
+from .commands import (
+    completion,
+    consumers,
+    explain,
+    fault,
+    graph,
+    host,
+    jobs,
+    ledger,
+    mem,
+    operations,
+    page,
+    sessions,
+    vm,
+    watch,
+)
 
 EPILOG = """\b
 Addresses and sizes:  4096, 0x1000, 4K, 2M, 1G, 1T.
@@ -38,7 +53,14 @@ def cli() -> None:
     """Look at rmemd's hosts, VMs, restricted files and pages, and change them."""
 
 
-for module in (host, vm, mem, page, consumers, jobs, fault, watch, explain):
+MODULES = (
+    host, vm, mem, page, ledger, consumers, jobs, operations, sessions, fault, watch, explain,
+    completion,
+)  # fmt: skip
+# registers itself with the group that it belongs to
+assert graph.COMMANDS
+
+for module in MODULES:
     for command in module.COMMANDS:
         cli.add_command(command)
 
@@ -50,7 +72,10 @@ def run(args: Sequence[str]) -> int:
         code = cli.main(args=list(args), prog_name="rmemctl", obj=settings, standalone_mode=False)
         sys.stdout.flush()
         return int(code or 0)
-    except SystemExit:  # what click makes of a reader that has gone
+    except SystemExit as end:
+        if completion.VARIABLE in os.environ:
+            return int(end.code or 0)
+        # what click makes of a reader that has gone
         return errors.EXIT_BROKEN_PIPE
     except click.exceptions.Abort:  # what click makes of Ctrl-C
         return errors.EXIT_INTERRUPTED

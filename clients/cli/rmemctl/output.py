@@ -1,4 +1,4 @@
-"""How results are printed: tables for people, JSON for programmes, handles for shells.
+"""How results are printed: tables for people, JSON for programmes, handles for shells, and dot.
 
 Owns all writing to stdout. A command says what it has (the reply, its parts as facts and tables,
 the names of its items) and ``Output`` prints the form that was asked for. rich is imported when
@@ -34,7 +34,8 @@ WORD_STYLES = {
     "shared": "cyan", "building": "yellow", "scrubbing": "yellow", "unmovable": "yellow",
     "busy": "yellow", "leaked": "magenta", "failed": "red", "dead": "red", "poisoned": "bold red",
     "quarantined": "bold red", "offline": "blue", "free": "dim", "no": "dim", "-": "dim",
-    "NULL": "bold yellow", "lost": "bold red",
+    "NULL": "bold yellow", "lost": "bold red", "waits": "yellow", "was refused": "red",
+    "running": "cyan", "cancelling": "yellow", "cancelled": "yellow", "done": "green",
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ Part: TypeAlias = Table | Facts | Styled | str
 
 
 class Output:
-    """A result's way to the stream, in one of the forms table, json, jsonl and name."""
+    """A result's way to the stream, in one of the forms table, json, jsonl, name and dot."""
 
     def __init__(self, form: str, *, headers: bool, stream: IO[str]) -> None:
         self.form = form
@@ -110,6 +111,7 @@ class Output:
         *parts: Part,
         items: Iterable[Reply] | None = None,
         names: Iterable[str] = (),
+        dot: Iterable[str] = (),
     ) -> None:
         """Print a result.
 
@@ -118,6 +120,7 @@ class Output:
             parts: it as tables, facts and text, for table.
             items: its items, for jsonl; default: the reply as the only one.
             names: its items' handles, for name.
+            dot: the lines of it as a graph, for dot.
         """
         match self.form:
             case "json":
@@ -128,6 +131,9 @@ class Output:
             case "name":
                 for name in names:
                     self.line(name)
+            case "dot":
+                for text in dot:
+                    self.line(text)
             case _:
                 self._show_parts(parts)
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
+
+from . import complete
 
 PAGE_BYTES = 4096
 SUFFIXES = ["", "K", "M", "G", "T"]
@@ -64,6 +67,11 @@ def parse_handle(text: str, kind: str) -> int:
     return int(number)
 
 
+def parse_operation(text: str) -> str:
+    """Return a long job's name, written "3" or "operations/3"."""
+    return f"operations/{parse_handle(text, 'operations')}"
+
+
 def parse_setting(text: str) -> tuple[str, str]:
     """Return (key, value) of "KEY=VALUE"."""
     key, sign, value = text.partition("=")
@@ -104,11 +112,26 @@ def count_text(number: int, noun: str) -> str:
 
 
 class Parsed(click.ParamType[Any], Generic[Value]):
-    """A parameter that ``parse`` turns into its value, saying what is wrong if it cannot."""
+    """A parameter that ``parse`` turns into its value, saying what is wrong if it cannot.
 
-    def __init__(self, name: str, parse: Callable[[str], Value]) -> None:
+    ``known`` asks the daemon what it may be, for completions.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        parse: Callable[[str], Value],
+        known: complete.Known = complete.nothing,
+    ) -> None:
         self.name = name
         self._parse = parse
+        self._known = known
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem[str]]:
+        """Return what it may be that begins with what is typed."""
+        return complete.matching(ctx, self._known, incomplete)
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -127,7 +150,9 @@ ADDRESS = Parsed("address", parse_size)
 PAGE = Parsed("page", parse_page)
 PAGES = Parsed("pages", parse_pages)
 SETTING = Parsed("key=value", parse_setting)
-VM = Parsed("vm", lambda text: parse_handle(text, "vm"))
-FILE = Parsed("file", lambda text: parse_handle(text, "file"))
-PIN = Parsed("pin", lambda text: parse_handle(text, "pin"))
-RULE = Parsed("rule", lambda text: parse_handle(text, "rule"))
+VM = Parsed("vm", lambda text: parse_handle(text, "vm"), complete.vms)
+FILE = Parsed("file", lambda text: parse_handle(text, "file"), complete.files)
+PIN = Parsed("pin", lambda text: parse_handle(text, "pin"), complete.pins)
+RULE = Parsed("rule", lambda text: parse_handle(text, "rule"), complete.rules)
+OPERATION = Parsed("operation", parse_operation, complete.operations)
+CONSUMER = Parsed("consumer", str, complete.consumers)

@@ -124,8 +124,9 @@ def test_migrate_reports_why(rmemctl: Ctl, daemon: FakeDaemon) -> None:
     assert "busy       FOLIO_BUSY       client 7 (DMA: 1 long-term pin)" in result.out
     assert "FOLIO_UNMOVABLE   Choose a variant that implements migrate_folio." in result.out
     assert result.lines[-1] == "pages: 12 moved, 3 unmovable, 1 busy, 0 failed"
-    request = daemon.requests[-1]
+    request, waited = daemon.requests[-2:]
     assert (request.vm, request.node, request.gfns[0].start) == (3, 1, 0x40)
+    assert waited.name == "operations/2"
 
 
 def test_watch_streams(rmemctl: Ctl) -> None:

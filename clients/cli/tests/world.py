@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from rmem.v1 import consumer_pb2, file_pb2, host_pb2, types_pb2, vm_pb2, watch_pb2
+from google.longrunning import operations_pb2
+from google.protobuf.message import Message
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+from rmem.v1 import (
+    consumer_pb2,
+    file_pb2,
+    host_pb2,
+    job_pb2,
+    session_pb2,
+    types_pb2,
+    vm_pb2,
+    watch_pb2,
+)
 
 OPS = [
     "invalidate_start", "invalidate_end", "prepare", "map", "pin", "unpin", "migrate_folio",
@@ -101,7 +114,7 @@ def host() -> host_pb2.GetHostResponse:
             )
             for node in (0, 1)
         ],
-        vms=3, files=2, daemon_rss_bytes=80 << 20,
+        vms=3, files=2, sessions=2, daemon_rss_bytes=80 << 20, daemon_fds=31,
     )  # fmt: skip
 
 
@@ -193,6 +206,82 @@ def watch() -> list[watch_pb2.WatchResponse]:
     ]
 
 
+JOBS = {
+    "operations/1": ("compact", "CompactResponse"),
+    "operations/2": ("migrate", "MigrateResponse"),
+    "operations/3": ("offline", "OfflineResponse"),
+}
+
+
+def job_response(kind: str) -> Message:
+    """What a job of a kind did."""
+    if kind == "compact":
+        return host_pb2.CompactResponse(
+            revision=47, report=move_report(), free_2m_before=3, free_2m_after=25, blocked_2m=1
+        )
+    if kind == "offline":
+        return host_pb2.OfflineResponse(revision=47, report=move_report(), offline=12)
+    return host_pb2.MigrateResponse(revision=47, report=move_report())
+
+
+def operation(
+    name: str, done: bool = True, done_pages: int = 16, cancelling: bool = False
+) -> operations_pb2.Operation:
+    """A job's operation: as it runs, done, or cancelled."""
+    kind = JOBS[name][0]
+    made = operations_pb2.Operation(name=name, done=done)
+    made.metadata.Pack(
+        job_pb2.JobProgress(
+            kind=kind, done_pages=done_pages, total_pages=16, moved=done_pages * 3 // 4,
+            refused=done_pages // 4, cancelling=cancelling, tenant="uid:1000",
+        )
+    )  # fmt: skip
+    if done and cancelling:
+        made.error.CopyFrom(cancelled(kind))
+    elif done:
+        made.response.Pack(job_response(kind))
+    return made
+
+
+def cancelled(kind: str) -> status_pb2.Status:
+    """The status of a job that was cancelled, with what it did before."""
+    status = status_pb2.Status(code=code_pb2.CANCELLED, message="JOB_CANCELLED: was cancelled")
+    info = error_details_pb2.ErrorInfo(reason="JOB_CANCELLED", domain="rmemd")
+    for detail in (info, types_pb2.Refusal(reason="JOB_CANCELLED"), job_response(kind)):
+        status.details.add().Pack(detail)
+    return status
+
+
+def wait_graph() -> host_pb2.GetWaitGraphResponse:
+    edge = host_pb2.WaitEdge
+    return host_pb2.GetWaitGraphResponse(
+        revision=42, deadlock=["vm/1 vcpu 0", "session 9"],
+        edges=[
+            edge(waiter="call 17 migrate", holder="session 7 pin 4", why="pins", pages="pfn 0x42",
+                 revision=30),
+            edge(waiter="vm/1 vcpu 0", holder="session 9", why="page fault handler",
+                 pages="file/1 pgoff 0x10+0x4", waiting=True, revision=41),
+            edge(waiter="session 9", holder="vm/1 vcpu 0", why="range in progress",
+                 pages="vm/1 gfn 0x10+0x4", waiting=True, revision=42),
+        ],
+    )  # fmt: skip
+
+
+def sessions() -> list[session_pb2.Session]:
+    return [
+        session_pb2.Session(
+            session=7, tenant="uid:1000", role=session_pb2.ROLE_HOST, door="socket", pid=4711,
+            held_pages=512, vms=2,
+        ),
+        session_pb2.Session(
+            session=9, tenant="spiffe://lab/vmm", role=session_pb2.ROLE_DEVICE, door="lease",
+            parent=7, vm=1, lease_seconds=30,
+            grants=[session_pb2.Grant(file=1, offset_bytes=4096, length_bytes=1 << 20,
+                                      read_only=True)],
+        ),
+    ]  # fmt: skip
+
+
 def answers() -> dict[str, Any]:
     known = {vm.vm: vm for vm in vms()}
     files = [
@@ -245,11 +334,39 @@ def answers() -> dict[str, Any]:
         "GetAccounting": host_pb2.GetAccountingResponse(
             revision=42, files=[account(1, 1, 512), account(2, 3, 0)], leaked_pages=8
         ),
-        "Migrate": host_pb2.MigrateResponse(revision=47, report=move_report()),
-        "Compact": host_pb2.CompactResponse(
-            revision=47, report=move_report(), free_2m_before=3, free_2m_after=25, blocked_2m=1
+        "StartCompact": operation("operations/1", done=False, done_pages=0),
+        "StartMigrate": operation("operations/2", done=False, done_pages=0),
+        "StartOffline": operation("operations/3", done=False, done_pages=0),
+        "GetOperation": lambda request: operation(request.name, done=False, done_pages=8),
+        "WaitOperation": lambda request: operation(request.name),
+        "ListOperations": operations_pb2.ListOperationsResponse(
+            operations=[
+                operation("operations/1"),
+                operation("operations/2", done_pages=4, cancelling=True),
+                operation("operations/3", done=False, done_pages=8),
+            ]
         ),
-        "Offline": host_pb2.OfflineResponse(revision=47, report=move_report(), offline=12),
+        "GetWaitGraph": wait_graph(),
+        "ListPins": file_pb2.ListPinsResponse(
+            revision=42,
+            pins=[
+                file_pb2.PagePin(
+                    pin=4, file=1, offset_bytes=4096, length_bytes=8192, purpose="DMA",
+                    holder="session 7", tenant="uid:1000", session=7,
+                ),
+                file_pb2.PagePin(
+                    pin=7, file=2, length_bytes=4096, purpose="RDMA", holder="client 7",
+                ),
+            ],
+        ),
+        "ListSessions": session_pb2.ListSessionsResponse(revision=42, sessions=sessions()),
+        "WhoAmI": session_pb2.WhoAmIResponse(
+            revision=42, tenant="uid:1000", role=session_pb2.ROLE_ADMIN,
+            limits=[
+                session_pb2.Limit(what="frames", limit=65536, used=4400),
+                session_pb2.Limit(what="watches", limit=-1, used=1),
+            ],
+        ),
         "Online": host_pb2.OnlineResponse(revision=48, online=12),
         "Poison": host_pb2.PoisonResponse(
             revision=49, pfn=0x1F, vm=3, vm_lost=True, text="machine check in the guest's page"

@@ -1,60 +1,73 @@
-"""The connection to one daemon: channel, deadline, readiness, and errors made readable.
+"""The connection to one daemon: channel, deadline, readiness, reconnection, readable errors.
 
-Owns the gRPC channel. The service wrappers call through ``Connection.call``; nothing else in
-this library catches ``grpc.RpcError``.
+Owns the gRPC channel. The service wrappers call through ``Connection.call``; nothing else in this
+library but ``watch`` catches ``grpc.RpcError``. ``aio/connection.py`` is its twin, by hand.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from .errors import DaemonUnreachable, RmemError, decode
-from .paths import SOCKET_NAME, default_socket_dir, grpc_target
+from .address import Address, Token
+from .calls import (
+    CLOSED,
+    DEFAULT_DEADLINE_S,
+    DEFAULT_RECONNECT_S,
+    Metadata,
+    identity,
+    metadata_of,
+    pauses,
+    remaining,
+)
+from .errors import DaemonUnreachable, RmemError, decode, is_lost, sent_again
 
-DEFAULT_DEADLINE_S = 30.0
-
-# The daemon takes messages of 1 MiB; half of that leaves room for any message's own bytes.
-PIECE_BYTES = 512 * 1024
-
-CHANNEL_OPTIONS = [
-    # a daemon that has just been started is found at once, not after gRPC's second
-    ("grpc.initial_reconnect_backoff_ms", 20),
-    ("grpc.min_reconnect_backoff_ms", 20),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # two clients in one process share neither connection nor backoff
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
+_States: TypeAlias = "queue.SimpleQueue[grpc.ChannelConnectivity]"
 
 
 class Connection:
-    """A channel to the daemon's socket, with one deadline for all unary calls.
+    """A channel to the daemon, with one deadline for all unary calls.
 
     Args:
-        socket_dir: the directory that has the socket; default: ``default_socket_dir()``.
+        address: where the daemon is.
+        token: what calls carry to say whose they are; a callable is asked at each call.
         deadline_s: seconds that a call may take.
+        reconnect_s: seconds that a call may try to get a lost connection back; 0: it does not.
     """
 
-    def __init__(self, socket_dir: str | Path | None, deadline_s: float) -> None:
-        directory = default_socket_dir() if socket_dir is None else Path(socket_dir)
-        self.socket = directory.absolute() / SOCKET_NAME
+    def __init__(
+        self,
+        address: Address,
+        token: Token = "",
+        deadline_s: float = DEFAULT_DEADLINE_S,
+        reconnect_s: float = DEFAULT_RECONNECT_S,
+    ) -> None:
+        self.address = address
+        self.token = token
         self.deadline_s = deadline_s
+        self.reconnect_s = reconnect_s
         self.last_revision = 0
         self.closed = threading.Event()
-        self.channel = grpc.insecure_channel(grpc_target(self.socket), options=CHANNEL_OPTIONS)
+        self.channel = _open(address)
+        self._listening: set[_States] = set()
+        # whether anybody ever answered: if not, there is no connection to get back
+        self.met = False
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self.closed.set()
+        for states in tuple(self._listening):
+            states.put(grpc.ChannelConnectivity.SHUTDOWN)
         self.channel.close()
 
     def call(
@@ -65,22 +78,48 @@ class Connection:
     ) -> Response:
         """Make a call; raise the typed error if it is refused.
 
+        A call whose connection is lost is sent again, under the same request id, as long as its
+        deadline and ``reconnect_s`` allow.
+
         Args:
             method: the stub's method.
             request: its request.
             deadline_s: seconds that it may take; default: the connection's.
         """
+        timeout = self.deadline_s if deadline_s is None else deadline_s
+        end = time.monotonic() + timeout
+        metadata = metadata_of(request, self.token)
         try:
-            reply = method(request, timeout=self.deadline_s if deadline_s is None else deadline_s)
+            reply = method(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             # all that gRPC knows is in the typed error; its own dump of it would only bury that
-            raise self.error(error) from None
+            if not self.can_return(error):
+                self.met = True
+                raise self.error(error) from None
+            reply = self._again(method, request, metadata, end)
+        self.met = True
         self.last_revision = max(self.last_revision, getattr(reply, "revision", 0))
         return reply
 
     def error(self, error: grpc.RpcError) -> RmemError:
         """Return the typed error for one of gRPC's."""
-        return decode(error, self.socket)
+        return decode(error, self.address)
+
+    def can_return(self, error: grpc.RpcError) -> bool:
+        """Say whether ``error`` is a lost connection that is worth waiting for."""
+        if not is_lost(error) or self.closed.is_set() or self.reconnect_s <= 0:
+            return False
+        return self.met or self._was_connected()
+
+    def come_back(self, pause_s: float, end: float) -> None:
+        """Let ``pause_s`` seconds pass, then wait until there is a connection again.
+
+        Raises:
+            DaemonUnreachable: there is none by ``end``, or this side was closed.
+        """
+        if self.closed.wait(min(pause_s, remaining(end))):
+            raise DaemonUnreachable(self.address, CLOSED)
+        self._wait_connected(end)
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the daemon says that it serves; raise DaemonUnreachable if it does not.
@@ -96,39 +135,80 @@ class Connection:
             except grpc.RpcError as error:
                 if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                     what = f"it listens, but did not say SERVING within {timeout_s:g} s"
-                    raise DaemonUnreachable(self.socket, what) from None
+                    raise DaemonUnreachable(self.address, what) from None
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise self.error(error) from None
 
+    def _again(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        metadata: Metadata | None,
+        end: float,
+    ) -> Response:
+        """Send a call again whose connection was lost, until there is an answer."""
+        give_up = min(end, time.monotonic() + self.reconnect_s)
+        for pause_s in pauses():
+            try:
+                self.come_back(pause_s, give_up)
+                return method(request, timeout=remaining(end), metadata=metadata)
+            except DaemonUnreachable as error:
+                raise sent_again(error) from None
+            except grpc.RpcError as error:
+                if not self.can_return(error) or not remaining(give_up):
+                    raise sent_again(self.error(error)) from None
+        raise AssertionError("unreachable: there is always another pause")
+
+    def _was_connected(self) -> bool:
+        """Say whether the channel had a connection, for all that one can tell."""
+        with self._states(try_to_connect=False) as states:
+            # the first state is told at once; what is lost leaves the channel idle
+            return states.get() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
+
     def _wait_connected(self, end: float) -> None:
-        ready = grpc.channel_ready_future(self.channel)
+        with self._states(try_to_connect=True) as states:
+            while True:
+                try:
+                    state = states.get(timeout=remaining(end))
+                except queue.Empty:
+                    raise DaemonUnreachable(self.address) from None
+                if state is grpc.ChannelConnectivity.READY:
+                    return
+                if state is grpc.ChannelConnectivity.SHUTDOWN:
+                    raise DaemonUnreachable(self.address, CLOSED)
+
+    @contextmanager
+    def _states(self, try_to_connect: bool) -> Iterator[_States]:
+        """Listen to the channel's states, and to ``close``."""
+        states: _States = queue.SimpleQueue()
+        self._listening.add(states)
         try:
-            ready.result(timeout=max(0.0, end - time.monotonic()))
-        except grpc.FutureTimeoutError:
-            raise DaemonUnreachable(self.socket) from None
+            if self.closed.is_set():
+                states.put(grpc.ChannelConnectivity.SHUTDOWN)
+            else:
+                self.channel.subscribe(states.put, try_to_connect)
+            yield states
         finally:
-            ready.cancel()
+            self._listening.discard(states)
+            self.channel.unsubscribe(states.put)
 
     def _wait_serving(self, end: float) -> None:
         health: Any = health_pb2_grpc.HealthStub(self.channel)  # its published types lack Watch
         watch = health.Watch(
-            health_pb2.HealthCheckRequest(), timeout=max(0.0, end - time.monotonic())
+            health_pb2.HealthCheckRequest(), timeout=remaining(end), metadata=identity(self.token)
         )
         try:
             for reply in watch:
                 if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    self.met = True
                     return
         finally:
             watch.cancel()
         # a server that drains ends the stream in order: treat it as gone
-        raise DaemonUnreachable(self.socket, "it stopped while it was waited for")
+        raise DaemonUnreachable(self.address, "it stopped while it was waited for")
 
 
-def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut ``total`` into (start, length) of at most ``size``; nothing is one piece of length 0.
-
-    The empty piece is sent, so that the daemon and not the client says what is wrong with it.
-    """
-    yield 0, min(total, size)
-    for start in range(size, total, size):
-        yield start, min(size, total - start)
+def _open(address: Address) -> grpc.Channel:
+    if address.tls is None:
+        return grpc.insecure_channel(address.target, options=address.options())
+    return grpc.secure_channel(address.target, address.tls.credentials(), address.options())

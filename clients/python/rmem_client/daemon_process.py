@@ -83,7 +83,9 @@ class DaemonProcess:
         ready, ready_of_daemon = os.pipe()
         env = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
         command = [
-            self._command, "serve", "--socket-dir", str(self.socket_dir), "--log-json",
+            # whatever this machine's own daemon is configured as
+            self._command, "serve", "--config", os.devnull,
+            "--socket-dir", str(self.socket_dir), "--log-json",
             "--ready-fd", str(ready_of_daemon), *self._options,
         ]  # fmt: skip
         begun = time.monotonic()

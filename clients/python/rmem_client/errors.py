@@ -19,7 +19,8 @@ from grpc_status import rpc_status
 
 from rmem.v1 import types_pb2
 
-from .paths import MAX_SOCKET_PATH_BYTES, path_bytes, why_unreachable
+from .address import Address
+from .paths import MAX_SOCKET_PATH_BYTES, path_bytes
 
 DOMAIN = "rmemd"
 
@@ -159,6 +160,10 @@ class RmemError(Exception):
         if npages:
             self.progress_pages = (self.progress_pages or 0) + npages
 
+    def add_remark(self, sentence: str) -> None:
+        """Put what only this side knows before the remedy."""
+        self.remedy = f"{sentence} {self.remedy}".rstrip()
+
     def _vendor_text(self) -> str:
         if not self.vendor_status:
             return _hex(self.vendor_value or None)
@@ -230,21 +235,21 @@ class NotServed(RmemError):
 
 
 class DaemonUnreachable(RmemError):
-    """Nobody answers on the socket, or the connection was lost during the call.
+    """Nobody answers there, or the connection was lost during the call and did not come back.
 
     Attributes:
-        socket: the path that was tried.
+        socket: the path that was tried; over TCP, "host:port".
     """
 
-    def __init__(self, socket: Path, what: str = "") -> None:
-        problem, remedy = why_unreachable(socket)
+    def __init__(self, address: Address, what: str = "") -> None:
+        problem, remedy = address.why_unreachable()
         super().__init__(
-            f"cannot reach rmemd at {socket}: {what or problem}",
+            f"cannot reach rmemd at {address.text}: {what or problem}",
             code=grpc.StatusCode.UNAVAILABLE,
             reason="DAEMON_UNREACHABLE",
             refusal=types_pb2.Refusal(remedy=remedy),
         )
-        self.socket = socket
+        self.socket = Path(address.text)
 
 
 _CLASSES: dict[grpc.StatusCode, type[RmemError]] = {
@@ -266,17 +271,33 @@ _CLASSES: dict[grpc.StatusCode, type[RmemError]] = {
 }
 
 
-def decode(error: grpc.RpcError, socket: Path) -> RmemError:
-    """Return the typed error for a call on ``socket`` that gRPC says has failed."""
+def decode(error: grpc.RpcError, address: Address) -> RmemError:
+    """Return the typed error for a call to ``address`` that gRPC says has failed."""
     code: grpc.StatusCode = error.code()
     status = _status(error)
     info = _detail(status, error_details_pb2.ErrorInfo())
     refusal = _detail(status, types_pb2.Refusal())
-    if info is None and refusal is None and _never_arrived(code, socket):
-        return DaemonUnreachable(socket)
+    if info is None and refusal is None and _never_arrived(code, address):
+        return DaemonUnreachable(address)
+    return _typed(code, error.details() or "", info, refusal)
+
+
+def decode_status(status: status_pb2.Status) -> RmemError:
+    """Return the typed error for a status that a message carries, as a long job's does."""
+    code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    return _typed(code, status.message, info, _detail(status, types_pb2.Refusal()))
+
+
+def _typed(
+    code: grpc.StatusCode,
+    message: str,
+    info: error_details_pb2.ErrorInfo | None,
+    refusal: types_pb2.Refusal | None,
+) -> RmemError:
     said = info if info is not None and info.domain == DOMAIN else error_details_pb2.ErrorInfo()
     return _class(code, refusal)(
-        error.details() or code.name.lower().replace("_", " "),
+        message or code.name.lower().replace("_", " "),
         code=code,
         reason=said.reason,
         refusal=refusal,
@@ -284,10 +305,29 @@ def decode(error: grpc.RpcError, socket: Path) -> RmemError:
     )
 
 
-def _never_arrived(code: grpc.StatusCode, socket: Path) -> bool:
+def is_lost(error: grpc.RpcError) -> bool:
+    """Say whether gRPC itself, and no daemon, says that nobody is there."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and _status(error) is None
+
+
+def sent_again(error: RmemError) -> RmemError:
+    """Have an error say that its call was sent again, after the connection was lost."""
+    if isinstance(error, DaemonUnreachable):
+        error.add_remark("The connection was lost; whether the call was carried out is not known.")
+    else:
+        error.add_remark(
+            "The connection was lost, and the call was sent again: "
+            "a daemon that was started anew in between has none of the old objects."
+        )
+    return error
+
+
+def _never_arrived(code: grpc.StatusCode, address: Address) -> bool:
     """Say whether gRPC itself, and no daemon, gave this code."""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return True
     # for a path that is too long, gRPC makes a channel on which every call is UNKNOWN
-    return code is grpc.StatusCode.UNAVAILABLE or path_bytes(socket) > MAX_SOCKET_PATH_BYTES
+    return address.socket is not None and path_bytes(address.socket) > MAX_SOCKET_PATH_BYTES
 
 
 def _class(code: grpc.StatusCode, refusal: types_pb2.Refusal | None) -> type[RmemError]:

@@ -1,3 +1,4 @@
+# Generated from aio/files.py by ../unasync.py: edit that one, then `make client`.
 """Restricted files: guest_memfd's inode and file (``client.files``).
 
 Offsets, lengths and sizes count bytes, as the kernel's calls do; ``*_pages`` counts pages of
@@ -10,9 +11,10 @@ from collections.abc import Iterable
 
 from rmem.v1 import file_pb2, file_pb2_grpc
 
-from .connection import PIECE_BYTES, Connection, pieces
+from .connection import Connection
 from .constants import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_BYTES, attributes_of
 from .errors import RmemError
+from .packed import PIECE_BYTES, pieces
 
 
 class Files:
@@ -31,11 +33,13 @@ class Files:
             flags: GUEST_MEMFD_FLAG_MMAP, GUEST_MEMFD_FLAG_INIT_SHARED.
         """
         request = file_pb2.CreateFileRequest(vm=vm, size_bytes=size_bytes, flags=flags)
-        return self._connection.call(self._stub.CreateFile, request).file
+        reply = self._connection.call(self._stub.CreateFile, request)
+        return reply.file
 
     def get(self, file: int) -> file_pb2.File:
         """Return a file's size, flags, page counts and bindings."""
-        return self._connection.call(self._stub.GetFile, file_pb2.GetFileRequest(file=file)).file
+        reply = self._connection.call(self._stub.GetFile, file_pb2.GetFileRequest(file=file))
+        return reply.file
 
     def list(self) -> file_pb2.ListFilesResponse:
         """List the files, with the revision that a watch goes on from."""
@@ -44,14 +48,16 @@ class Files:
     def close(self, file: int) -> int:
         """Drop the last reference: bindings are cut, every page is freed; return how many pages."""
         request = file_pb2.CloseFileRequest(file=file)
-        return self._connection.call(self._stub.CloseFile, request).freed_pages
+        reply = self._connection.call(self._stub.CloseFile, request)
+        return reply.freed_pages
 
     def fallocate(self, file: int, mode: int, offset_bytes: int, length_bytes: int) -> int:
         """Allocate or punch, as ``mode`` (FALLOC_FL_*) says, and return how many pages."""
         request = file_pb2.FallocateRequest(
             file=file, mode=mode, offset_bytes=offset_bytes, length_bytes=length_bytes
         )
-        return self._connection.call(self._stub.Fallocate, request).pages
+        reply = self._connection.call(self._stub.Fallocate, request)
+        return reply.pages
 
     def allocate(self, file: int, offset_bytes: int, length_bytes: int) -> int:
         """Allocate a range and return how many pages were; a prefix stays when refused."""
@@ -81,7 +87,8 @@ class Files:
             request = file_pb2.ReadSharedRequest(
                 file=file, offset_bytes=offset_bytes + start, length_bytes=length
             )
-            data += self._connection.call(self._stub.ReadShared, request).data
+            reply = self._connection.call(self._stub.ReadShared, request)
+            data += reply.data
         return bytes(data)
 
     def write_shared(self, file: int, offset_bytes: int, data: bytes) -> int:
@@ -96,10 +103,11 @@ class Files:
                 file=file, offset_bytes=offset_bytes + start, data=data[start : start + length]
             )
             try:
-                revision = self._connection.call(self._stub.WriteShared, request).revision
+                reply = self._connection.call(self._stub.WriteShared, request)
             except RmemError as error:
                 error.add_progress(start // PAGE_BYTES)
                 raise
+            revision = reply.revision
         return revision
 
     def set_policy(
@@ -145,9 +153,14 @@ class Files:
             purpose=purpose,
             holder=holder,
         )
-        return self._connection.call(self._stub.PinPages, request).pin
+        reply = self._connection.call(self._stub.PinPages, request)
+        return reply.pin
 
     def unpin(self, pin: int) -> file_pb2.UnpinPagesResponse:
         """Let a pin go."""
         request = file_pb2.UnpinPagesRequest(pin=pin)
         return self._connection.call(self._stub.UnpinPages, request)
+
+    def pins(self, file: int = 0) -> file_pb2.ListPinsResponse:
+        """List the pins, each with its range, purpose and holder; ``file`` 0: of all files."""
+        return self._connection.call(self._stub.ListPins, file_pb2.ListPinsRequest(file=file))

@@ -1,3 +1,4 @@
+# Generated from aio/host.py by ../unasync.py: edit that one, then `make client`.
 """The host's memory: frames, nodes, physical access, jobs that move pages (``client.host``).
 
 Everything counts pages of 4096 bytes here; a ``pfn`` is a host frame's number.
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from rmem.v1 import host_pb2, host_pb2_grpc, types_pb2
 
 from .connection import Connection
+from .pages import page_address, page_range, page_ranges
 
 
 class Host:
@@ -74,7 +76,8 @@ class Host:
     ) -> bytes:
         """Read frames (at most 256) as the host would; private plaintext never comes back."""
         request = host_pb2.ReadPhysicalRequest(pfn=pfn, npages=npages, agent=agent, level=level)
-        return self._connection.call(self._stub.ReadPhysical, request).data
+        reply = self._connection.call(self._stub.ReadPhysical, request)
+        return reply.data
 
     def write_physical(
         self,
@@ -119,7 +122,9 @@ class Host:
             gfns: (first, npages) of guest frames.
             node: node to move to; ``None``: any.
         """
-        request = host_pb2.MigrateRequest(pfns=_ranges(pfns), vm=vm, gfns=_ranges(gfns), node=node)
+        request = host_pb2.MigrateRequest(
+            pfns=page_ranges(pfns), vm=vm, gfns=page_ranges(gfns), node=node
+        )
         return self._connection.call(self._stub.Migrate, request)
 
     def compact(self, node: int = 0) -> host_pb2.CompactResponse:
@@ -128,13 +133,14 @@ class Host:
 
     def offline(self, pfn: int, npages: int = 1) -> host_pb2.OfflineResponse:
         """Empty frames and take them out of use."""
-        request = host_pb2.OfflineRequest(pfns=_range(pfn, npages))
+        request = host_pb2.OfflineRequest(pfns=page_range(pfn, npages))
         return self._connection.call(self._stub.Offline, request)
 
     def online(self, pfn: int, npages: int = 1) -> int:
         """Give offlined frames back to the allocator; return how many came back."""
-        request = host_pb2.OnlineRequest(pfns=_range(pfn, npages))
-        return self._connection.call(self._stub.Online, request).online
+        request = host_pb2.OnlineRequest(pfns=page_range(pfn, npages))
+        reply = self._connection.call(self._stub.Online, request)
+        return reply.online
 
     def poison(
         self,
@@ -168,7 +174,8 @@ class Host:
         """
         rule = host_pb2.FaultRule(vm=vm, point=point, error=error, nth=nth, times=times)
         request = host_pb2.AddFaultRuleRequest(rule=rule)
-        return self._connection.call(self._stub.AddFaultRule, request).rule
+        reply = self._connection.call(self._stub.AddFaultRule, request)
+        return reply.rule
 
     def list_faults(self) -> host_pb2.ListFaultRulesResponse:
         """List the fault rules that still wait."""
@@ -179,35 +186,11 @@ class Host:
         request = host_pb2.RemoveFaultRuleRequest(rule=rule)
         return self._connection.call(self._stub.RemoveFaultRule, request)
 
+    def wait_graph(self) -> host_pb2.GetWaitGraphResponse:
+        """Say who waits for whom, who was refused over whom, and who waits in a circle."""
+        return self._connection.call(self._stub.GetWaitGraph, host_pb2.GetWaitGraphRequest())
+
     def explain(self, reason: str = "") -> host_pb2.ExplainReasonResponse:
         """Tell what a refusal's reason means and what to try; "" lists them all."""
         request = host_pb2.ExplainReasonRequest(reason=reason)
         return self._connection.call(self._stub.ExplainReason, request)
-
-
-def page_address(
-    *,
-    pfn: int | None = None,
-    vm: int | None = None,
-    gfn: int | None = None,
-    file: int | None = None,
-    pgoff: int | None = None,
-) -> host_pb2.PageAddress:
-    """Name a page; raises ValueError unless it is named in exactly one of the three ways."""
-    match (pfn, vm, gfn, file, pgoff):
-        case (int(), None, None, None, None):
-            return host_pb2.PageAddress(pfn=pfn)
-        case (None, int(), int(), None, None):
-            return host_pb2.PageAddress(guest=host_pb2.GuestPage(vm=vm, gfn=gfn))
-        case (None, None, None, int(), int()):
-            return host_pb2.PageAddress(file_page=host_pb2.FilePage(file=file, pgoff=pgoff))
-        case _:
-            raise ValueError("name the page by pfn, by vm and gfn, or by file and pgoff")
-
-
-def _range(start: int, npages: int) -> types_pb2.PageRange:
-    return types_pb2.PageRange(start=start, npages=npages)
-
-
-def _ranges(ranges: Iterable[tuple[int, int]]) -> list[types_pb2.PageRange]:
-    return [_range(start, npages) for start, npages in ranges]

@@ -1,15 +1,16 @@
 """Packed records: the arrays that bulk calls carry in place of thousands of sub-messages.
 
 Owns the two layouts of rmem.v1 that are arrays of 64-bit little-endian words: attribute ranges
-(``SetMemoryAttributesRequest.packed``) and frame runs (``GetPageMapResponse.packed``). Needs
-nothing beyond the standard library; with numpy, ``np.frombuffer(reply.packed, "<i8")`` does too.
+(``SetMemoryAttributesRequest.packed``) and frame runs (``GetPageMapResponse.packed``), and how
+what is too long for one message is cut. Needs nothing beyond the standard library; with numpy,
+``np.frombuffer(reply.packed, "<i8")`` does too.
 """
 
 from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ class Frames(NamedTuple):
 
 RANGE_BYTES = 8 * len(Range._fields)
 
+# The daemon takes messages of 1 MiB; half of that leaves room for any message's own bytes.
+PIECE_BYTES = 512 * 1024
+
 
 def pack_ranges(ranges: Iterable[Range | tuple[int, int, int]]) -> bytes:
     """Pack attribute ranges: little-endian uint64 gpa, size, attributes for each."""
@@ -50,6 +54,16 @@ def unpack_ranges(packed: bytes) -> list[Range]:
 def unpack_frames(packed: bytes) -> list[Frames]:
     """Unpack a page map: little-endian int64 pfn, npages, use, vm, gfn for each run."""
     return [Frames(*row) for row in _rows("q", packed, len(Frames._fields))]
+
+
+def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut ``total`` into (start, length) of at most ``size``; nothing is one piece of length 0.
+
+    The empty piece is sent, so that the daemon and not the client says what is wrong with it.
+    """
+    yield 0, min(total, size)
+    for start in range(size, total, size):
+        yield start, min(size, total - start)
 
 
 def _rows(typecode: str, packed: bytes, width: int) -> Iterable[tuple[int, ...]]:

@@ -1,3 +1,4 @@
+# Generated from aio/vcpus.py by ../unasync.py: edit that one, then `make client`.
 """Virtual CPUs and the programmes they run (``client.vcpus``).
 
 A guest programme is a list of instructions; the functions here build one each, with addresses
@@ -18,8 +19,46 @@ from collections.abc import Iterable
 from rmem.v1 import vcpu_pb2, vcpu_pb2_grpc
 
 from .connection import Connection
+from .constants import PAGE_BYTES
+from .errors import RmemError
+from .instructions import (
+    Instruction,
+    accept,
+    check,
+    copy,
+    halt,
+    loop,
+    relinquish,
+    rescind,
+    share,
+    signal,
+    touch,
+    unshare,
+    validate,
+    write,
+)
+from .packed import pieces
 
-Instruction = vcpu_pb2.Instruction
+__all__ = [
+    "Instruction",
+    "Vcpus",
+    "accept",
+    "check",
+    "copy",
+    "halt",
+    "loop",
+    "relinquish",
+    "rescind",
+    "share",
+    "signal",
+    "touch",
+    "unshare",
+    "validate",
+    "write",
+]
+
+# ReadGuest answers with 64 KiB at most, and WriteGuest's whole message has no more
+GUEST_PIECE_BYTES = 32 * 1024
 
 
 class Vcpus:
@@ -81,103 +120,55 @@ class Vcpus:
         )
         return self._connection.call(self._stub.RunVcpu, request, deadline_s)
 
+    def read_guest(
+        self, vm: int, gpa: int, length_bytes: int, *, vcpu: int = 0, private: bool = True
+    ) -> bytes:
+        """Read guest memory as the guest does, 32 KiB per call; for the guest role alone.
 
-def touch(gpa: int, length_bytes: int, *, private: bool = False) -> Instruction:
-    """Read a range; the bytes go nowhere."""
-    return Instruction(
-        opcode=vcpu_pb2.OPCODE_TOUCH, gpa=gpa, length_bytes=length_bytes, private=private
-    )
+        Args:
+            vm: the VM.
+            gpa: guest physical address in bytes.
+            length_bytes: length in bytes.
+            vcpu: index of the vCPU that reads.
+            private: whether the guest addresses the memory as private.
+        """
+        data = bytearray()
+        for start, length in pieces(length_bytes, GUEST_PIECE_BYTES):
+            request = vcpu_pb2.ReadGuestRequest(
+                vm=vm, vcpu=vcpu, gpa=gpa + start, length_bytes=length, private=private
+            )
+            reply = self._connection.call(self._stub.ReadGuest, request)
+            data += reply.data
+        return bytes(data)
 
+    def write_guest(
+        self, vm: int, gpa: int, data: bytes, *, vcpu: int = 0, private: bool = True
+    ) -> int:
+        """Write guest memory as the guest does; return the revision of the last write.
 
-def write(
-    gpa: int, length_bytes: int, *, byte: int = 0, seed: int | None = None, private: bool = False
-) -> Instruction:
-    """Write every byte as ``byte``, or a stream of words made from ``seed`` and the address."""
-    return _patterned(vcpu_pb2.OPCODE_WRITE, gpa, length_bytes, byte, seed, private)
+        For the guest role alone. Sent 32 KiB per call; what was written before a refusal stays,
+        and the error's ``progress_pages`` counts the pages of earlier calls in.
 
-
-def check(
-    gpa: int, length_bytes: int, *, byte: int = 0, seed: int | None = None, private: bool = False
-) -> Instruction:
-    """Compare a range with what ``write`` would have put there; the exit counts the pages."""
-    return _patterned(vcpu_pb2.OPCODE_CHECK, gpa, length_bytes, byte, seed, private)
-
-
-def accept(gpa: int, length_bytes: int, *, level: int = 0) -> Instruction:
-    """Accept private pages (TDX); ``level`` 0 for 4K, 1 for 2M."""
-    return _leveled(vcpu_pb2.OPCODE_ACCEPT, gpa, length_bytes, level)
-
-
-def validate(gpa: int, length_bytes: int, *, level: int = 0) -> Instruction:
-    """Validate private pages (SNP); ``level`` 0 for 4K, 1 for 2M."""
-    return _leveled(vcpu_pb2.OPCODE_VALIDATE, gpa, length_bytes, level)
-
-
-def rescind(gpa: int, length_bytes: int, *, level: int = 0) -> Instruction:
-    """Take validation back (SNP); ``level`` 0 for 4K, 1 for 2M."""
-    return _leveled(vcpu_pb2.OPCODE_RESCIND, gpa, length_bytes, level)
-
-
-def share(gpa: int, length_bytes: int) -> Instruction:
-    """Ask for a range to become shared."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_SHARE, gpa=gpa, length_bytes=length_bytes)
-
-
-def unshare(gpa: int, length_bytes: int) -> Instruction:
-    """Ask for a range to become private again."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_UNSHARE, gpa=gpa, length_bytes=length_bytes)
-
-
-def relinquish(gpa: int, length_bytes: int) -> Instruction:
-    """Give pages back."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_RELINQUISH, gpa=gpa, length_bytes=length_bytes)
-
-
-def copy(gpa: int, length_bytes: int, *, to_gpa: int, private: bool = False) -> Instruction:
-    """Copy a range to ``to_gpa``, which is how a guest publishes bytes."""
-    return Instruction(
-        opcode=vcpu_pb2.OPCODE_COPY,
-        gpa=gpa,
-        length_bytes=length_bytes,
-        value=to_gpa,
-        private=private,
-    )
-
-
-def loop(instruction: int, times: int) -> Instruction:
-    """Go back to an instruction (index in the programme) so many times."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_LOOP, value=instruction, times=times)
-
-
-def signal(value: int) -> Instruction:
-    """Exit to the VMM with a value, then go on at the next instruction."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_SIGNAL, value=value)
-
-
-def halt() -> Instruction:
-    """End the programme."""
-    return Instruction(opcode=vcpu_pb2.OPCODE_HALT)
-
-
-def _patterned(
-    opcode: vcpu_pb2.Opcode.ValueType,
-    gpa: int,
-    length_bytes: int,
-    byte: int,
-    seed: int | None,
-    private: bool,
-) -> Instruction:
-    return Instruction(
-        opcode=opcode,
-        gpa=gpa,
-        length_bytes=length_bytes,
-        pattern=vcpu_pb2.PATTERN_BYTE if seed is None else vcpu_pb2.PATTERN_WORDS,
-        value=byte if seed is None else seed,
-        private=private,
-    )
-
-
-def _leveled(
-    opcode: vcpu_pb2.Opcode.ValueType, gpa: int, length_bytes: int, level: int
-) -> Instruction:
-    return Instruction(opcode=opcode, gpa=gpa, length_bytes=length_bytes, level=level, private=True)
+        Args:
+            vm: the VM.
+            gpa: guest physical address in bytes.
+            data: the bytes.
+            vcpu: index of the vCPU that writes.
+            private: whether the guest addresses the memory as private.
+        """
+        revision = 0
+        for start, length in pieces(len(data), GUEST_PIECE_BYTES):
+            request = vcpu_pb2.WriteGuestRequest(
+                vm=vm,
+                vcpu=vcpu,
+                gpa=gpa + start,
+                data=data[start : start + length],
+                private=private,
+            )
+            try:
+                reply = self._connection.call(self._stub.WriteGuest, request)
+            except RmemError as error:
+                error.add_progress(start // PAGE_BYTES)
+                raise
+            revision = reply.revision
+        return revision

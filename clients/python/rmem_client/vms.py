@@ -1,3 +1,4 @@
+# Generated from aio/vms.py by ../unasync.py: edit that one, then `make client`.
 """Virtual machines: memslots, attributes, population, faults (``client.vms``).
 
 Addresses (``gpa``) and sizes (``*_bytes``) count bytes; everything called ``*_pages`` counts
@@ -10,10 +11,10 @@ from collections.abc import Iterable, Mapping
 
 from rmem.v1 import types_pb2, vm_pb2, vm_pb2_grpc
 
-from .connection import PIECE_BYTES, Connection, pieces
+from .connection import Connection
 from .constants import KVM_MEM_GUEST_MEMFD, PAGE_BYTES, attributes_of
 from .errors import RmemError
-from .packed import RANGE_BYTES, Range, pack_ranges
+from .packed import PIECE_BYTES, RANGE_BYTES, Range, pack_ranges, pieces
 
 # 512 KiB: PopulateRequest.source may have 256 pages, the whole message 1 MiB
 POPULATE_PAGES = 128
@@ -54,11 +55,13 @@ class Vms:
             name=name,
             starts_private=starts_private,
         )
-        return self._connection.call(self._stub.CreateVm, request).vm
+        reply = self._connection.call(self._stub.CreateVm, request)
+        return reply.vm
 
     def get(self, vm: int) -> vm_pb2.Vm:
         """Return a VM: its state, measurement, slots and page counts."""
-        return self._connection.call(self._stub.GetVm, vm_pb2.GetVmRequest(vm=vm)).vm
+        reply = self._connection.call(self._stub.GetVm, vm_pb2.GetVmRequest(vm=vm))
+        return reply.vm
 
     def list(self) -> vm_pb2.ListVmsResponse:
         """List the VMs, with the revision that a watch goes on from."""
@@ -67,6 +70,19 @@ class Vms:
     def destroy(self, vm: int) -> vm_pb2.DestroyVmResponse:
         """Unmap everything and give the vendor's resources back; files live on."""
         return self._connection.call(self._stub.DestroyVm, vm_pb2.DestroyVmRequest(vm=vm))
+
+    def swap_consumer(
+        self, vm: int, consumer: str = "", *, config: Mapping[str, str] | None = None
+    ) -> vm_pb2.SwapConsumerResponse:
+        """Replace the VM's consumer while it runs; its pages keep their bytes.
+
+        Args:
+            vm: the VM.
+            consumer: the new consumer's full name; "": its own, made anew.
+            config: its options; None: those of the VM that it knows.
+        """
+        request = vm_pb2.SwapConsumerRequest(vm=vm, consumer=consumer, config=config or {})
+        return self._connection.call(self._stub.SwapConsumer, request)
 
     def set_memory_region(
         self,
@@ -187,7 +203,8 @@ class Vms:
     def finalize(self, vm: int) -> bytes:
         """Close the measurement and return it; empty where the vendor has none."""
         request = vm_pb2.FinalizeRequest(vm=vm)
-        return self._connection.call(self._stub.Finalize, request).measurement
+        reply = self._connection.call(self._stub.Finalize, request)
+        return reply.measurement
 
     def prefault(
         self, vm: int, gpa: int, size_bytes: int, *, trace: bool = False

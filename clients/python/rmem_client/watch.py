@@ -1,7 +1,7 @@
 """Watching what happens, by revision (``client.watch``).
 
 A watch is an iterator. Nothing is missed silently: a watcher that was too slow is told how many
-events it lost, and ``last_revision`` is where the next watch goes on::
+events it lost, and one whose connection was lost goes on from the last revision that it saw::
 
     with client.watch(start_revision=revision, kinds=["folio_migrated"]) as watch:
         for item in watch:
@@ -13,68 +13,40 @@ events it lost, and ``last_revision`` is where the next watch goes on::
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TypeAlias
+import time
+from collections.abc import Iterable, Iterator
 
 import grpc
 
 from rmem.v1 import watch_pb2, watch_pb2_grpc
 
+from .calls import identity, pauses
 from .connection import Connection
-from .errors import DaemonUnreachable
+from .errors import DaemonUnreachable, sent_again
+from .events import Event, Lost, Position, Progress, WatchItem
 
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happened.
-
-    Attributes:
-        revision: the revision that made it.
-        kind: what, "folio_migrated".
-        vm: the VM, 0 if none.
-        operation: the operation that it was part of.
-        fields: its particulars; never a page's content.
-    """
-
-    revision: int
-    kind: str
-    vm: int = 0
-    operation: str = ""
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Nothing more happened up to this revision; also the first item, once the watch is set."""
-
-    revision: int
-
-
-@dataclass(frozen=True)
-class Lost:
-    """The watcher was too slow: so many events are lost, up to this item."""
-
-    count: int
-
-
-WatchItem: TypeAlias = Event | Progress | Lost
+__all__ = ["Event", "Lost", "Progress", "Watch", "WatchItem", "open_watch"]
 
 
 class Watch(Iterator[WatchItem]):
     """An open watch. Closing it, from any thread, ends the iteration.
 
+    A lost connection is got back as for calls, and the watch goes on where it was; a daemon that
+    cannot tell what came between refuses that with a typed error.
+
     Attributes:
         last_revision: the newest revision seen.
     """
 
-    def __init__(self, connection: Connection, request: watch_pb2.WatchRequest) -> None:
-        self.last_revision = request.start_revision
+    def __init__(self, connection: Connection, position: Position) -> None:
         self._connection = connection
-        # no deadline: a watch lasts until one side closes it
-        self._stream = watch_pb2_grpc.WatchServiceStub(connection.channel).Watch(request)
+        self._position = position
         self._closed = threading.Event()
+        self._lock = threading.Lock()
         self._first: WatchItem | None = None
+        self._resumed = False
+        self._pauses = pauses()
+        self._open(position.request())
 
     def __enter__(self) -> Watch:
         return self
@@ -88,6 +60,11 @@ class Watch(Iterator[WatchItem]):
             return item
         return self._receive()
 
+    @property
+    def last_revision(self) -> int:
+        """The newest revision seen: where another watch goes on."""
+        return self._position.revision
+
     def start(self) -> int:
         """Wait until the watch is in place and return its revision; what it read is not lost.
 
@@ -98,44 +75,58 @@ class Watch(Iterator[WatchItem]):
                 self._first = self._receive()
             except StopIteration:
                 what = "it ended the watch before it was in place"
-                raise DaemonUnreachable(self._connection.socket, what) from None
+                raise DaemonUnreachable(self._connection.address, what) from None
         return self.last_revision
 
     def close(self) -> None:
         """End the watch; closing twice is fine."""
-        self._closed.set()
-        self._stream.cancel()
+        with self._lock:
+            self._closed.set()
+            self._stream.cancel()
+
+    def _open(self, request: watch_pb2.WatchRequest) -> None:
+        connection = self._connection
+        stub = watch_pb2_grpc.WatchServiceStub(connection.channel)
+        with self._lock:
+            # no deadline: a watch lasts until one side closes it
+            self._stream = stub.Watch(request, metadata=identity(connection.token))
+            if self._closed.is_set():
+                self._stream.cancel()
 
     def _receive(self) -> WatchItem:
         while True:
             try:
                 message = next(self._stream)
             except grpc.RpcError as error:
-                if self._closed.is_set() or self._connection.closed.is_set():
+                if self._is_closed():
                     raise StopIteration from None
-                raise self._connection.error(error) from None
-            item = _item(message)
+                if not self._connection.can_return(error):
+                    typed = self._connection.error(error)
+                    raise (sent_again(typed) if self._resumed else typed) from None
+                self._resume()
+                continue
+            self._connection.met = True
+            if self._resumed:
+                self._resumed, self._pauses = False, pauses()
+            item = self._position.advance(message)
             if item is not None:
-                self.last_revision = max(self.last_revision, getattr(item, "revision", 0))
                 return item
+
+    def _resume(self) -> None:
+        end = time.monotonic() + self._connection.reconnect_s
+        try:
+            self._connection.come_back(next(self._pauses), end)
+        except DaemonUnreachable as error:
+            if self._is_closed():
+                raise StopIteration from None
+            raise sent_again(error) from None
+        self._resumed = True
+        self._open(self._position.resume())
+
+    def _is_closed(self) -> bool:
+        return self._closed.is_set() or self._connection.closed.is_set()
 
 
 def open_watch(connection: Connection, start_revision: int, kinds: Iterable[str], vm: int) -> Watch:
     """Open a watch; ``Client.watch`` documents the arguments."""
-    return Watch(
-        connection, watch_pb2.WatchRequest(start_revision=start_revision, kinds=kinds, vm=vm)
-    )
-
-
-def _item(message: watch_pb2.WatchResponse) -> WatchItem | None:
-    """Return what a message says, ``None`` for a kind that a newer daemon has added."""
-    match message.WhichOneof("message"):
-        case "event":
-            event = message.event
-            return Event(event.revision, event.kind, event.vm, event.operation, dict(event.fields))
-        case "progress_revision":
-            return Progress(message.progress_revision)
-        case "lost":
-            return Lost(message.lost)
-        case _:
-            return None
+    return Watch(connection, Position(start_revision, kinds, vm))

@@ -10,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode gives test helpers no path
 
 from fake_daemon import FakeDaemon
+from relay import Relay
 
 from rmem_client import Client
 
@@ -33,3 +34,12 @@ def daemon(socket_dir: Path) -> Iterator[FakeDaemon]:
 def client(daemon: FakeDaemon) -> Iterator[Client]:
     with Client(daemon.socket_dir, deadline_s=10) as made:
         yield made
+
+
+@pytest.fixture
+def relay(daemon: FakeDaemon, socket_dir: Path) -> Iterator[Relay]:
+    """A relay to the fake daemon, in ``socket_dir/relay``."""
+    (socket_dir / "relay").mkdir()
+    made = Relay(socket_dir / "relay" / "rmemd.sock", socket_dir / "rmemd.sock")
+    yield made
+    made.close()

@@ -1,8 +1,9 @@
 """A daemon that answers what it is told to: a real gRPC server on a real Unix socket.
 
-Every method of every rmem.v1 service is served from its descriptor. ``answers`` maps a method's
-name to a reply, a list of replies (streams), a ``Refusal`` to refuse with, or a function of the
-request; ``requests`` keeps what came in. A method without an answer says its empty reply.
+Every method of every service, the long jobs' included, is served from its descriptor. ``answers``
+maps a method's name to a reply, a list of replies (streams), a ``Refusal`` to refuse with, or a
+function of the request; ``requests`` keeps what came in, and ``metadata`` what came with it. A
+method without an answer says its empty reply.
 """
 
 from __future__ import annotations
@@ -14,14 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.longrunning import operations_pb2
 from google.protobuf import any_pb2, message_factory
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from rmem.v1 import consumer_pb2, file_pb2, host_pb2, types_pb2, vcpu_pb2, vm_pb2, watch_pb2
+from rmem.v1 import (
+    consumer_pb2,
+    file_pb2,
+    host_pb2,
+    job_pb2,
+    session_pb2,
+    types_pb2,
+    vcpu_pb2,
+    vm_pb2,
+    watch_pb2,
+)
 
-FILES = [consumer_pb2, file_pb2, host_pb2, vcpu_pb2, vm_pb2, watch_pb2]
+FILES = [
+    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, vcpu_pb2, vm_pb2,
+    watch_pb2,
+]  # fmt: skip
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -53,6 +68,7 @@ class FakeDaemon:
         self.socket_dir = socket_dir
         self.answers: dict[str, Any] = {}
         self.requests: list[Any] = []
+        self.metadata: list[dict[str, Any]] = []
         self.health = health.HealthServicer()
         self._server: grpc.Server | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -101,6 +117,7 @@ class FakeDaemon:
 
     def _answer(self, name: str, request: Any, context: Any, default: Any) -> Any:
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
         answer = self.answers.get(name, default)
         if callable(answer):
             answer = answer(request)

@@ -22,7 +22,7 @@ from rmem_client import (
     unpack_ranges,
     vcpus,
 )
-from rmem_client.connection import pieces
+from rmem_client.packed import pieces
 
 U64 = st.integers(0, (1 << 64) - 1)
 

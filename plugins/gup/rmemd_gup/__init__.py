@@ -18,14 +18,18 @@ from rmemd.hooks import (
     HookTx,
     HostContext,
     Runs,
+    State,
     Variant,
     VmContext,
     Why,
+    export_tables,
     hookimpl,
+    import_tables,
 )
 from rmemd.units import I64
 
 KVM_ENOSYS = 1000
+SCHEMA = ("gup", 1)
 
 
 class OrdinaryGuest:
@@ -43,6 +47,16 @@ class OrdinaryGuest:
     @hookimpl
     def invalidate_end(self, tx: HookTx, runs: Runs, why: Why, ok: bool) -> None:
         """Keep nothing."""
+
+    @hookimpl
+    def export_state(self) -> State:
+        """Have nothing to give."""
+        return export_tables(*SCHEMA)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Have nothing to take."""
+        import_tables(tx, state, *SCHEMA)
 
 
 class SoftwareProtectedGuest(OrdinaryGuest):
@@ -114,7 +128,8 @@ class GupPlatform:
         """Make a guest whose memory is plain."""
         if variant not in GUESTS:
             raise NO_SUCH_CONSUMER(f"gup has no variant {variant!r}")
-        tx.use_key(tx.new_key(plain=True))
+        if not vm.importing:
+            tx.use_key(tx.new_key(plain=True))
         return GUESTS[variant]()
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""The smallest consumer there can be: the mandatory pair, so every other op is NULL.
+"""The smallest consumer there can be: the mandatory pair, and what a swap needs; the rest is NULL.
 
 What a VM of it can and cannot do shows what the engine makes of NULL, op by op.
 Differs: it stands for no vendor; its private memory is plain.
@@ -9,13 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rmemd.errors import NO_SUCH_CONSUMER
-from rmemd.hooks import HookTx, HostContext, Runs, Variant, VmContext, Why, hookimpl
+from rmemd.hooks import (
+    HookTx,
+    HostContext,
+    Runs,
+    State,
+    Variant,
+    VmContext,
+    Why,
+    export_tables,
+    hookimpl,
+    import_tables,
+)
 
 VARIANT = "null"
+SCHEMA = ("null", 1)
 
 
 class NullGuest:
-    """A consumer that has the pair and nothing else."""
+    """A consumer that has the pair, and no state for a swap to carry over."""
 
     @hookimpl
     def invalidate_start(self, tx: HookTx, runs: Runs, why: Why) -> None:
@@ -25,6 +37,16 @@ class NullGuest:
     def invalidate_end(self, tx: HookTx, runs: Runs, why: Why, ok: bool) -> None:
         """Keep nothing."""
 
+    @hookimpl
+    def export_state(self) -> State:
+        """Have nothing to give."""
+        return export_tables(*SCHEMA)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Have nothing to take, but of nobody else."""
+        import_tables(tx, state, *SCHEMA)
+
 
 class NullPlatform:
     """A host without a vendor."""
@@ -32,7 +54,7 @@ class NullPlatform:
     @hookimpl
     def variants(self) -> Sequence[Variant]:
         """Name the one variant."""
-        return [Variant(VARIANT, "the mandatory pair only: every optional op is NULL")]
+        return [Variant(VARIANT, "the mandatory pair, and no op that is about pages")]
 
     @hookimpl
     def start(self, host: HostContext) -> None:
@@ -45,7 +67,8 @@ class NullPlatform:
         """Make a guest whose memory is plain."""
         if variant != VARIANT:
             raise NO_SUCH_CONSUMER(f"null has no variant {variant!r}")
-        tx.use_key(tx.new_key(plain=True))
+        if not vm.importing:
+            tx.use_key(tx.new_key(plain=True))
         return NullGuest()
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""The null consumer has exactly the mandatory pair."""
+"""The null consumer has exactly the mandatory pair, and the one of a swap."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ def bench() -> HookBench:
     return HookBench(NullPlatform(), "null", nframes=8)
 
 
-def test_it_has_exactly_the_pair(bench: HookBench) -> None:
+def test_it_has_exactly_the_two_pairs(bench: HookBench) -> None:
     table = bench.ops(bench.make_vm("null")).implemented()
-    assert {op for op, there in table.items() if there} == {"invalidate_start", "invalidate_end"}
+    assert {op for op, there in table.items() if there} == {
+        "invalidate_start", "invalidate_end", "export_state", "import_state",
+    }  # fmt: skip
 
 
 def test_its_platform_checks_and_reclaims_nothing(bench: HookBench) -> None:

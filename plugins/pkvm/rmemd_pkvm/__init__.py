@@ -62,9 +62,12 @@ class PkvmPlatform:
         """Make a protected VM, with a memory key of its own."""
         if variant not in GUESTS:
             raise NO_SUCH_CONSUMER(f"pkvm has no variant {variant!r}")
-        key = tx.new_key()
-        tx.use_key(key)
-        return GUESTS[variant](self.el2, self.el2.init_vm(tx, protected=True), key)
+        guest = GUESTS[variant](vm, self.el2)
+        if not vm.importing:
+            tx.set(guest.facts, "handle", self.el2.init_vm(tx, protected=True))
+            tx.set(guest.facts, "key", tx.new_key())
+            tx.use_key(guest.facts["key"])
+        return guest
 
     @hookimpl
     def destroy_consumer(self, tx: HookTx, consumer: object) -> None:

@@ -22,14 +22,19 @@ from rmemd.hooks import (
     PageStates,
     Pin,
     Runs,
+    State,
+    VmContext,
     Why,
+    export_tables,
     hookimpl,
+    import_tables,
 )
 from rmemd.units import I64, Bools
 from rmemd_pkvm.hypercalls import El2, is_valid, refusal
 from rmemd_pkvm.reasons import PKVM_GUEST_OWNED, PKVM_MEMSLOT, PKVM_POISONED
 from rmemd_pkvm.states import NOPAGE, OWNED, POISON, SHARED_OWNED, STATE_NAMES
 
+SCHEMA = ("pkvm", 1)
 SMCCC_SUCCESS, SMCCC_NOT_SUPPORTED, SMCCC_INVALID_PARAMETER = 0, -1, -3
 # the EL2 half of each call; MEM_RELINQUISH is the Android common kernel's (ACK)
 CALLS = {
@@ -57,10 +62,20 @@ class ProtectedGuest:
     #: the invalidations on whose behalf the host takes mapped pages by force
     forced: frozenset[Why] = frozenset()
 
-    def __init__(self, el2: El2, handle: int, key: int) -> None:
-        self.handle = handle
+    def __init__(self, vm: VmContext, el2: El2) -> None:
+        self.facts = vm.records("facts")
         self._el2 = el2
-        self._key = key
+
+    @property
+    def handle(self) -> int:
+        """Return EL2's handle of the VM."""
+        handle: int = self.facts["handle"]
+        return handle
+
+    @property
+    def _key(self) -> int:
+        key: int = self.facts["key"]
+        return key
 
     @hookimpl
     def invalidate_start(self, tx: HookTx, runs: Runs, why: Why) -> None:
@@ -215,6 +230,16 @@ class ProtectedGuest:
         """Name the states of the guest's leaves."""
         states = self._el2.guest_states(self.handle, gfns)
         return PageStates(states.astype(np.uint8), STATE_NAMES)
+
+    @hookimpl
+    def export_state(self) -> State:
+        """Give handle and key: EL2 has everything else, and keeps it."""
+        return export_tables(*SCHEMA, self.facts)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Drive the VM that EL2 knows by this handle."""
+        import_tables(tx, state, *SCHEMA, self.facts)
 
     def _take_by_force(self, tx: HookTx, gfns: I64) -> None:
         pfns = self._el2.guest_pfns(self.handle, gfns)

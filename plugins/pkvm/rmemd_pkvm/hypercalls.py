@@ -14,12 +14,13 @@ permission calls of non-protected guests are absent; RAM is one region.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from rmemd.errors import Reason, RmemError
-from rmemd.hooks import HookTx, HostContext, Sparse, TableSpec
+from rmemd.hooks import HookTx, HostContext
 from rmemd.units import I64, Bools
 from rmemd_pkvm.reasons import (
     PKVM_INVALID,
@@ -57,9 +58,8 @@ GFN_BITS, GFN_MASK, HANDLE_MASK, OWNER_MASK = 40, (1 << 40) - 1, 0xFFFF, 0x7
 STATE_BITS, STATE_MASK = 3, 0x7
 
 
-@dataclass(frozen=True)
-class HypVm:
-    """struct pkvm_hyp_vm, as far as memory goes.
+class HypVm(NamedTuple):
+    """struct pkvm_hyp_vm, as far as memory goes; kept as a plain tuple, which outlives a reload.
 
     Attributes:
         protected: whether memory is donated to it, or else shared with it.
@@ -69,7 +69,7 @@ class HypVm:
     """
 
     protected: bool
-    loaded: frozenset[int] = frozenset()
+    loaded: tuple[int, ...] = ()
     ran: bool = False
     dying: bool = False
 
@@ -111,8 +111,7 @@ class El2:
         self._annotation = host.dense("annotation", dtype="i8")
         self._refcount = host.dense("hyp_refcount", dtype="u2")
         self._shares = host.dense("host_share_guest_count", dtype="u4")
-        spec = TableSpec(f"platform/{host.name}/guest_s2", "sparse", "i8", NOPAGE)
-        self._guest_s2: Sparse = host.tx.create(spec)
+        self._guest_s2 = host.sparse("guest_s2", "i8", NOPAGE)
         self._vms = host.records("vms")
 
     # --- reading -----------------------------------------------------------------------------
@@ -151,26 +150,28 @@ class El2:
                 PKVM_NO_MEMORY, f"EL2 has {MAX_PVMS} VMs already", -errno.ENOMEM,
                 "", "VM table full", "nvhe/pkvm.c, insert_vm_table_entry",
             )  # fmt: skip
-        tx.set(self._vms, free[0], HypVm(protected))
+        self._store(tx, free[0], HypVm(protected))
         return free[0]
 
     def vcpu_load(self, tx: HookTx, handle: int, vcpu: int) -> None:
         """Load a vCPU, which is a reference to its VM; a dying VM has none to give."""
         vm = self._vm(handle)
         _require(not vm.dying, handle, "dying", 15)
-        tx.set(self._vms, handle, replace(vm, loaded=vm.loaded | {vcpu}, ran=True))
+        loaded = tuple(sorted({*vm.loaded, vcpu}))
+        self._store(tx, handle, vm._replace(loaded=loaded, ran=True))
 
     def vcpu_put(self, tx: HookTx, handle: int, vcpu: int) -> None:
         """Put a loaded vCPU."""
         vm = self._vm(handle)
-        tx.set(self._vms, handle, replace(vm, loaded=vm.loaded - {vcpu}))
+        loaded = tuple(other for other in vm.loaded if other != vcpu)
+        self._store(tx, handle, vm._replace(loaded=loaded))
 
     def start_teardown_vm(self, tx: HookTx, handle: int) -> None:
         """Mark a VM as dying; -EINVAL the second time, and while a vCPU is loaded."""
         vm = self._vm(handle)
         _require(not vm.dying, handle, "dying", 15)
         _require(not vm.loaded, handle, "a vCPU is loaded", 15)
-        tx.set(self._vms, handle, replace(vm, dying=True))
+        self._store(tx, handle, vm._replace(dying=True))
 
     def finalize_teardown_vm(self, tx: HookTx, handle: int) -> None:
         """Take a dying VM out of the table."""
@@ -346,8 +347,10 @@ class El2:
 
     def _vm(self, handle: int) -> HypVm:
         _require(handle in self._vms, handle, "unknown", 15)
-        vm: HypVm = self._vms[handle]
-        return vm
+        return HypVm(*self._vms[handle])
+
+    def _store(self, tx: HookTx, handle: int, vm: HypVm) -> None:
+        tx.set(self._vms, handle, tuple(vm))
 
 
 def is_valid(states: I64) -> Bools:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rmemd.errors import NOT_FINALIZED
+from rmemd.errors import NOT_FINALIZED, SWAP_UNSAFE
 from rmemd.hooks import (
     AccessAnswer,
     AccessCode,
@@ -23,9 +23,12 @@ from rmemd.hooks import (
     PageStates,
     Populated,
     Runs,
+    State,
     VmContext,
     Why,
+    export_tables,
     hookimpl,
+    import_tables,
 )
 from rmemd.units import I64, PMD_PAGES, U8
 from rmemd_snp.firmware import Firmware, Guest
@@ -49,6 +52,7 @@ from rmemd_snp.tables import (
     VMSA,
 )
 
+SCHEMA = ("snp", 1)
 UNMAPPED = -1
 VMSA_GFN = 0xFFFFFFFFF
 NOT_VALIDATED = GuestException(
@@ -62,13 +66,21 @@ class SnpConsumer:
     Differs: vCPUs run at VMPL0 only, so no VMPL mask is ever in the way.
     """
 
-    def __init__(self, vm: VmContext, firmware: Firmware, context: int) -> None:
+    def __init__(self, vm: VmContext, firmware: Firmware, policy: int, hiding: bool) -> None:
         self.firmware = firmware
         self.rmp = firmware.rmp
-        self.context = context
         self.name = f"vm/{vm.vm}"
+        # as the configuration wants them; both are fixed once the guest is started
+        self.policy, self.hiding = policy, hiding
         self.npt = vm.sparse("npt", "i8", UNMAPPED)
         self.vmsas = vm.records("vmsas")
+        self.facts = vm.records("facts")
+
+    @property
+    def context(self) -> int:
+        """Return the pfn of the guest's context page."""
+        context: int = self.facts["context"]
+        return context
 
     @property
     def guest(self) -> Guest:
@@ -256,6 +268,31 @@ class SnpConsumer:
     def page_state(self, gfns: I64, pfns: I64) -> PageStates:
         """Name the RMP states."""
         return PageStates(self.rmp.states(pfns), STATE_NAMES)
+
+    # --- the consumer changes ------------------------------------------------------------------
+    @hookimpl
+    def export_state(self) -> State:
+        """Give the nested table, the VMSA pages and the context page; RMP and firmware stay."""
+        return export_tables(*SCHEMA, self.npt, self.vmsas, self.facts)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Drive a guest that was started: its policy and ciphertext hiding cannot change any more.
+
+        The policy is LAUNCH_START's, and in every attestation report: a consumer that stands for
+        another one would move pages that the guest was promised do not move, or the reverse.
+        Source: snp.md §1 (LAUNCH_START wants INIT), §5 "Veto", §8, §9 rule 25.
+        """
+        import_tables(tx, state, *SCHEMA, self.npt, self.vmsas, self.facts)
+        for name, has, wanted in (
+            ("policy", self.guest.policy, self.policy),
+            ("ciphertext hiding", int(self.facts["hiding"]), int(self.hiding)),
+        ):
+            if has != wanted:
+                raise SWAP_UNSAFE(
+                    f"{self.name} was started with {name} {has:#x}, and {wanted:#x} is asked for",
+                    state=f"{name} {has:#x}", rule="snp.md §9 rule 25",
+                )  # fmt: skip
 
 
 class SnpMovableConsumer(SnpConsumer):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmemd.hooks import HookTx, HostContext, PageKind, TableSpec
+from rmemd.hooks import HookTx, HostContext, PageKind
 from rmemd.units import I64, PAGE_SHIFT, U8
 from rmemd_snp.rmp import Rmp, distinct, injected_code
 from rmemd_snp.tables import (
@@ -75,9 +75,7 @@ class Firmware:
         self.dies = host.npackages
         self.guests = host.records("guests")
         self.caches = host.records("caches")
-        self.clean = host.tx.create(
-            TableSpec(f"platform/{host.name}/asid.clean", "dense", "u1", 0, max_asid + 1)
-        )
+        self.clean = host.dense("asid.clean", length=max_asid + 1)
 
     def guest(self, context: int) -> Guest:
         """Return the guest of a context page."""

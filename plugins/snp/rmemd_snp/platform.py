@@ -85,19 +85,27 @@ class SnpPlatform:
             raise NO_SUCH_CONSUMER(f"snp has no variant {variant}")
         policy, hiding = _parse(config)
         policy |= VARIANTS[variant][1]
+        movable = not policy & POLICY_PAGE_SWAP_DISABLE
+        kind = SnpMovableConsumer if movable else SnpConsumer
+        guest = kind(vm, self.firmware, policy, hiding)
+        if not vm.importing:
+            self._start(tx, guest)
+        return guest
+
+    def _start(self, tx: HookTx, guest: SnpConsumer) -> None:
         asid = self._pick_asid()
         context = next(pfn for pfn in self.rmp.kernel if self.rmp.bits.at(pfn) == 0)
+        tx.set(guest.facts, "context", context)
+        tx.set(guest.facts, "hiding", guest.hiding)
         self.rmp.rmpupdate(tx, np.array([context], dtype=np.int64), TO_FIRMWARE)
         self.firmware.gctx_create(tx, context)
-        self.firmware.launch_start(tx, context, policy, hiding)
+        self.firmware.launch_start(tx, context, guest.policy, guest.hiding)
         if not self.firmware.clean.at(asid):
             self.firmware.wbinvd(tx)
             self.firmware.df_flush(tx)
         self.firmware.activate(tx, context, asid)
-        tx.set(self.hiding, asid, hiding)
+        tx.set(self.hiding, asid, guest.hiding)
         tx.use_key(self.firmware.guest(context).key)
-        movable = not policy & POLICY_PAGE_SWAP_DISABLE
-        return (SnpMovableConsumer if movable else SnpConsumer)(vm, self.firmware, context)
 
     @hookimpl
     def destroy_consumer(self, tx: HookTx, consumer: object) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from rmemd.errors import BAD_REQUEST, RmemError
-from rmemd.hooks import Dense, HookTx, HostContext, TableSpec
+from rmemd.hooks import Dense, HookTx, HostContext
 from rmemd.units import I64, U8, Bools
 from rmemd_snp.tables import (
     ASSIGNED,
@@ -52,10 +52,7 @@ class Rmp:
 
     def __init__(self, host: HostContext, kernel_frames: int) -> None:
         def dense(table: str, dtype: str) -> Dense:
-            length = host.nframes + kernel_frames
-            spec = TableSpec(f"platform/{host.name}/{table}", "dense", dtype, 0, length)
-            made: Dense = host.tx.create(spec)
-            return made
+            return host.dense(table, dtype, length=host.nframes + kernel_frames)
 
         self.bits = dense("rmp.bits", "u1")
         self.gpa = dense("rmp.gpa", "i8")

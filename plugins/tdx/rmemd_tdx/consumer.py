@@ -9,7 +9,7 @@ Source: Linux arch/x86/kvm/vmx/tdx.c, 6.16 (tdx.md §4, restrictedmem.md §1, pk
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from rmemd.errors import (
     NO_SUCH_VCPU,
     NOT_FINALIZED,
     NOT_PAUSED,
+    SWAP_UNSAFE,
     VM_DEAD,
     RmemError,
 )
@@ -36,8 +37,11 @@ from rmemd.hooks import (
     Pin,
     Populated,
     Runs,
+    State,
     Why,
+    export_tables,
     hookimpl,
+    import_tables,
 )
 from rmemd.units import I64, U8, Bools
 from rmemd_tdx import leaves
@@ -45,6 +49,7 @@ from rmemd_tdx import tables as t
 from rmemd_tdx.leaves import Td
 
 T = TypeVar("T")
+SCHEMA = ("tdx", 1)
 EXIT_REASON_EPT_VIOLATION = 48
 LOST = "TDX_NON_RECOVERABLE_TD_NON_ACCESSIBLE"
 
@@ -52,8 +57,10 @@ LOST = "TDX_NON_RECOVERABLE_TD_NON_ACCESSIBLE"
 class TdxConsumer:
     """A TD as KVM drives it; which hooks are NULL depends on the subclass."""
 
-    def __init__(self, td: Td) -> None:
+    def __init__(self, td: Td, attributes: Mapping[str, int]) -> None:
         self.td = td
+        #: the TD's attributes as its configuration wants them
+        self.attributes = attributes
 
     # --- zap ------------------------------------------------------------------------------------
     @hookimpl
@@ -264,6 +271,33 @@ class TdxConsumer:
     def page_state(self, gfns: I64, pfns: I64) -> PageStates:
         """Name the pages' SEPT states."""
         return PageStates(self.td.sept.get(gfns), t.STATES)
+
+    # --- the consumer changes -------------------------------------------------------------------
+    @hookimpl
+    def export_state(self) -> State:
+        """Give the TD's fields and its secure EPT; the PAMT and the KOT are the host's, and stay.
+
+        Differs: on hardware the module holds all of this, and KVM's half is next to nothing.
+        """
+        return export_tables(*SCHEMA, self.td.fields, self.td.inside, self.td.sept, self.td.hpa)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Drive a TD that is there: its HKID, key and attributes are what TDH.MNG.INIT made them.
+
+        Attributes are measured and reported, so they cannot follow a new configuration; and a
+        measurement that is under way can only go on in the process's memory that it began in.
+        """
+        td = self.td
+        import_tables(tx, state, *SCHEMA, td.fields, td.inside, td.sept, td.hpa)
+        for name, wanted in self.attributes.items():
+            if td.fields[name] != wanted:
+                raise SWAP_UNSAFE(
+                    f"{name} of vm/{td.vm} was fixed when it was made",
+                    state=f"{name}={td.fields[name]}", rule="tdx.md §1: TD_PARAMS.ATTRIBUTES",
+                )  # fmt: skip
+        if not self._runnable and td.fields["MRTD"] not in td.streams:
+            raise t.MEASUREMENT_LOST(f"vm/{td.vm} is being measured", state="INITIALIZED")
 
 
 class TdxToday(TdxConsumer):

@@ -57,6 +57,15 @@ class Pamt:
         return held
 
 
+class Streams(dict[bytes, "hashlib._Hash"]):
+    """The running SHA-384 contexts of one TD, by their digest so far.
+
+    A cache and no state: a context cannot be journalled, so the table keeps the digest, which also
+    says which context an undone transaction falls back to. Each TD has its own; a consumer that
+    takes over from one of the same platform finds it there.
+    """
+
+
 @dataclass(frozen=True)
 class Td:
     """One TD: its control structure fields, its secure EPT, and the vCPUs that are inside.
@@ -68,9 +77,7 @@ class Td:
         sept: state code by gfn.
         hpa: frame by gfn, where the state has one.
         pamt: the host's frames.
-        streams: running SHA-384 contexts by their digest so far. A cache and no state: a context
-            cannot be journalled, so the table keeps the digest, which also says which context an
-            undone transaction falls back to.
+        streams: what its measurement goes on from.
     """
 
     vm: int
@@ -79,7 +86,7 @@ class Td:
     sept: Sparse
     hpa: Sparse
     pamt: Pamt
-    streams: dict[bytes, hashlib._Hash] = field(default_factory=dict)
+    streams: Streams = field(default_factory=Streams)
 
     def tracked(self, pfns: I64) -> Bools:
         """Return for which blocked pages no vCPU can hold a translation any more (tdx.md §3)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -29,7 +30,7 @@ from rmemd.units import I64, Bools
 from rmemd_tdx import leaves
 from rmemd_tdx import tables as t
 from rmemd_tdx.consumer import Tdx2022, TdxConsumer, TdxRelocate, TdxToday
-from rmemd_tdx.leaves import Pamt, Td
+from rmemd_tdx.leaves import Pamt, Streams, Td
 
 OPTIONS = {"sept_ve_disable": "0", "debug": "0"}
 CONSUMERS: dict[str, type[TdxConsumer]] = {
@@ -44,6 +45,10 @@ class TdxPlatform:
 
     pamt: Pamt
     kot: Records
+
+    def __init__(self) -> None:
+        # VM -> its measurement's contexts, for as long as a consumer of it has them
+        self.streams: WeakValueDictionary[int, Streams] = WeakValueDictionary()
 
     @hookimpl
     def variants(self) -> Sequence[Variant]:
@@ -82,14 +87,9 @@ class TdxPlatform:
 
         Differs: KVM offers SEPT_VE_DISABLE but not DEBUG, which here obeys the module.
         """
-        flags = {name: _flag(name, config.get(name, "0")) for name in OPTIONS}
-        hkid = next((hkid for hkid in t.GUEST_HKIDS if hkid not in self.kot), None)
-        if hkid is None:
-            raise NO_KEY_SLOTS(f"all {len(t.GUEST_HKIDS)} guest HKIDs are assigned")
-        leaves.create(tx, self.kot, vm.vm, hkid)
-        key = tx.new_key(integrity=True)
-        tx.use_key(key)
+        attributes = {name.upper(): _flag(name, config.get(name, "0")) for name in OPTIONS}
         empty = hashlib.sha384()
+        running = self.streams.get(vm.vm) if vm.importing else None
         td = Td(
             vm=vm.vm,
             fields=vm.records("td"),
@@ -97,17 +97,27 @@ class TdxPlatform:
             sept=vm.sparse("sept"),
             hpa=vm.sparse("hpa", "i8"),
             pamt=self.pamt,
-            streams={empty.digest(): empty},
+            streams=Streams({empty.digest(): empty}) if running is None else running,
         )
+        if not vm.importing:
+            self._create(tx, td, attributes)
+        self.streams[vm.vm] = td.streams
+        return CONSUMERS[variant](td, attributes)
+
+    def _create(self, tx: HookTx, td: Td, attributes: Mapping[str, int]) -> None:
+        hkid = next((hkid for hkid in t.GUEST_HKIDS if hkid not in self.kot), None)
+        if hkid is None:
+            raise NO_KEY_SLOTS(f"all {len(t.GUEST_HKIDS)} guest HKIDs are assigned")
+        leaves.create(tx, self.kot, td.vm, hkid)
+        key = tx.new_key(integrity=True)
+        tx.use_key(key)
         fields = {
             "LIFECYCLE_STATE": "TD_KEYS_CONFIGURED", "OP_STATE": "INITIALIZED", "FATAL": 0,
             "HKID": hkid, "KEY": key, "TD_EPOCH": 1, "REFCOUNT0": 0, "REFCOUNT1": 0,
-            "MRTD": empty.digest(), "DEBUG": flags["debug"],
-            "SEPT_VE_DISABLE": flags["sept_ve_disable"], "BUGGED": 0,
+            "MRTD": hashlib.sha384().digest(), "BUGGED": 0, **attributes,
         }  # fmt: skip
         for name, value in fields.items():
             tx.set(td.fields, name, value)
-        return CONSUMERS[variant](td)
 
     @hookimpl
     def destroy_consumer(self, tx: HookTx, consumer: object) -> None:

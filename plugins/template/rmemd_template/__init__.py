@@ -1,8 +1,9 @@
 """The plugin to copy: a small vendor whose guests have private memory that can move.
 
-It keeps two tables. ``entries``, by gfn, is one VM's page table: none, mapped or blocked.
-``owners``, by pfn, is the whole host's: which VM has the frame. Every hook below reads them, checks
-first, and writes through ``tx``; the engine undoes what a hook wrote if anybody refuses.
+It keeps three tables. ``entries``, by gfn, is one VM's page table: none, mapped or blocked;
+``facts`` are its records. ``owners``, by pfn, is the whole host's: which VM has the frame. Every
+hook below reads them, checks first, and writes through ``tx``; the engine undoes what a hook wrote
+if anybody refuses.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ from rmemd.hooks import (
     HostContext,
     PageStates,
     Runs,
+    State,
     Variant,
     VmContext,
     Why,
+    export_tables,
     hookimpl,
+    import_tables,
 )
 from rmemd.units import I64, Bools
 
 VARIANT = "template"
+# of the state that a swap carries over: raise it when a table changes its meaning
+SCHEMA = ("template", 1)
 # entry states; the order is that of STATES, so that a state is its own index
 NONE, MAPPED, BLOCKED = 0, 1, 2
 STATES = ("none", "mapped", "blocked")
@@ -44,10 +50,16 @@ FRAME_TAKEN = Reason(
 class TemplateGuest:
     """One VM's consumer. What it implements is what it supports; what is absent is NULL."""
 
-    def __init__(self, vm: VmContext, owners: Dense, key: int) -> None:
-        # these never change: state that does belongs in tables, or the engine cannot undo it
-        self.vm, self.key, self.owners = vm.vm, key, owners
-        self.entries = vm.sparse("entries")
+    def __init__(self, vm: VmContext, owners: Dense) -> None:
+        # state belongs in tables, or the engine can neither undo it nor carry it over
+        self.vm, self.owners = vm.vm, owners
+        self.entries, self.facts = vm.sparse("entries"), vm.records("facts")
+
+    @property
+    def key(self) -> int:
+        """Return the guest's memory key."""
+        key: int = self.facts["key"]
+        return key
 
     # --- the mandatory pair: every change of a mapping happens between these two ----------------
     @hookimpl
@@ -121,6 +133,17 @@ class TemplateGuest:
         """Name the states for page maps and refusals; this hook only reads."""
         return PageStates(self.entries.get(gfns), STATES)
 
+    # --- the consumer changes -------------------------------------------------------------------
+    @hookimpl
+    def export_state(self) -> State:
+        """Give all tables of this guest to the object that takes over (a swap, a reload)."""
+        return export_tables(*SCHEMA, self.entries, self.facts)
+
+    @hookimpl
+    def import_state(self, tx: HookTx, state: State) -> None:
+        """Take them; a state of another schema is refused."""
+        import_tables(tx, state, *SCHEMA, self.entries, self.facts)
+
 
 class TemplatePlatform:
     """What there is once per host: the owners of frames, and the maker of consumers."""
@@ -141,12 +164,14 @@ class TemplatePlatform:
     def make_consumer(
         self, vm: VmContext, tx: HookTx, variant: str, config: Mapping[str, str]
     ) -> object:
-        """Make a guest with a memory key of its own."""
+        """Make a guest with a memory key of its own, unless it brings the one that it has."""
         if variant != VARIANT:
             raise NO_SUCH_CONSUMER(f"template has no variant {variant!r}")
-        key = tx.new_key()
-        tx.use_key(key)
-        return TemplateGuest(vm, self.owners, key)
+        guest = TemplateGuest(vm, self.owners)
+        if not vm.importing:
+            tx.set(guest.facts, "key", tx.new_key())
+            tx.use_key(guest.key)
+        return guest
 
     @hookimpl
     def destroy_consumer(self, tx: HookTx, consumer: object) -> None:

@@ -30,6 +30,14 @@ CONSUMER_COLUMNS = [
     Column("STANDS FOR", lambda consumer: consumer.summary, wrap=True),
 ]
 
+RELOADED_COLUMNS = [
+    Column("VM", lambda reloaded: f"vm/{reloaded.vm}"),
+    Column("CONSUMER", lambda reloaded: reloaded.swap.consumer),
+    Column("GAINED", lambda reloaded: " ".join(reloaded.swap.gained) or "-"),
+    Column("LOST", lambda reloaded: " ".join(reloaded.swap.lost) or "-"),
+    Column("STOOD STILL", lambda reloaded: f"{reloaded.swap.pause_us} µs", right=True),
+]
+
 VM_OPS_COLUMNS = [
     Column("OP", lambda op: op.name),
     Column("DECLARED", lambda op: declared(op.implemented), words=True),
@@ -38,10 +46,10 @@ VM_OPS_COLUMNS = [
 
 @click.group(cls=Group)
 def consumers() -> None:
-    """List vendor back ends and the ops that each declares."""
+    """List, load and reload vendor back ends, and the ops that each declares."""
 
 
-@consumers.command("list")
+@consumers.command("list", watchable=True)
 @pass_settings
 def list_consumers(settings: Settings) -> None:
     """Show every consumer's ops table side by side, and the plugins.
@@ -60,7 +68,7 @@ def list_consumers(settings: Settings) -> None:
     )
 
 
-@consumers.command("ops")
+@consumers.command("ops", watchable=True)
 @click.argument("vm", type=VM)
 @pass_settings
 def ops(settings: Settings, vm: int) -> None:
@@ -72,6 +80,45 @@ def ops(settings: Settings, vm: int) -> None:
         items=reply.ops,
         names=[op.name for op in reply.ops if op.implemented],
     )
+
+
+@consumers.command()
+@click.argument("names", nargs=-1, metavar="[PLUGIN]...")
+@pass_settings
+def load(settings: Settings, names: tuple[str, ...]) -> None:
+    """Load plugins that were installed since the daemon started [default: all of them].
+
+    Install them in the daemon's own environment first (`pip install`).
+    """
+    reply = settings.client.consumers.load(*names)
+    settings.out.show(
+        reply,
+        Table(PLUGIN_COLUMNS, reply.plugins, empty="nothing new is installed"),
+        Table(CONSUMER_COLUMNS, reply.consumers),
+        items=reply.plugins,
+        names=[plugin.name for plugin in reply.plugins],
+    )
+
+
+@consumers.command()
+@click.argument("name", metavar="PLUGIN")
+@pass_settings
+def unload(settings: Settings, name: str) -> None:
+    """Take out a plugin that no VM uses."""
+    reply = settings.client.consumers.unload(name)
+    text = f"{name} unloaded: {', '.join(reply.consumers)} no longer offered"
+    settings.out.show(reply, text, names=[name])
+
+
+@consumers.command()
+@click.argument("name", metavar="PLUGIN")
+@pass_settings
+def reload(settings: Settings, name: str) -> None:
+    """Load a plugin's code anew and swap every VM of it: all of them, or nothing happens."""
+    reply = settings.client.consumers.reload(name)
+    text = f"{name} reloaded: {reply.previous_version or '-'} -> {reply.version or '-'}"
+    table = Table(RELOADED_COLUMNS, reply.vms, empty="no VM has a consumer of it")
+    settings.out.show(reply, text, table, items=reply.vms, names=[f"vm/{r.vm}" for r in reply.vms])
 
 
 def ops_table(consumers: Sequence[consumer_pb2.Consumer]) -> Table:

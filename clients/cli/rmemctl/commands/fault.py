@@ -23,7 +23,7 @@ def fault() -> None:
     """Make ops, vendor leaves and the engine's own points go wrong."""
 
 
-@fault.command("list")
+@fault.command("list", watchable=True)
 @pass_settings
 def list_rules(settings: Settings) -> None:
     """List the rules that still wait."""

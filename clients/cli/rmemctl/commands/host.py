@@ -10,7 +10,7 @@ from ..app import Command, Group, Settings, pass_settings
 from ..output import Column, Facts, Table
 from ..plain import enum_word
 from ..units import PAGES, VM, count_text, pages_text, range_text, size_text
-from .moves import report_parts
+from .moves import run
 
 BAR_WIDTH = 40
 
@@ -51,7 +51,7 @@ def host() -> None:
     """Look at the host's memory; take frames out of use."""
 
 
-@host.command()
+@host.command(watchable=True)
 @pass_settings
 def show(settings: Settings) -> None:
     """Show the host: what the daemon is, its nodes, and what the frames are used for."""
@@ -62,8 +62,8 @@ def show(settings: Settings) -> None:
             ("revision", str(reply.revision)),
             ("seed", str(reply.seed)),
             ("memory", f"{pages_text(reply.nframes)}, {pages_text(reply.free_pages)} free"),
-            ("has", f"{count_text(reply.vms, 'VM')}, {count_text(reply.files, 'file')}"),
-            ("daemon's own", size_text(reply.daemon_rss_bytes)),
+            ("has", has_text(reply)),
+            ("daemon's own", daemon_text(reply)),
         ]
     )
     uses = [(enum_word(count, "use"), count.npages, reply.nframes) for count in reply.counts]
@@ -76,7 +76,7 @@ def show(settings: Settings) -> None:
     )
 
 
-@host.command()
+@host.command(watchable=True)
 @click.option("--vm", type=VM, default=0, help="Only this VM's files.")
 @pass_settings
 def accounting(settings: Settings, vm: int) -> None:
@@ -104,9 +104,7 @@ def accounting(settings: Settings, vm: int) -> None:
 @pass_settings
 def offline(settings: Settings, pfns: tuple[int, int]) -> None:
     """Empty frames and take them out of use; reports what could not be moved away."""
-    reply = settings.client.host.offline(*pfns)
-    text = f"{count_text(reply.offline, 'frame')} of {pfns[1]} offline"
-    settings.out.show(reply, *report_parts(reply.report), text, items=reply.report.runs)
+    run(settings, settings.client.jobs.offline(*pfns))
 
 
 @host.command()
@@ -126,6 +124,20 @@ def ready(settings: Settings, timeout: float) -> None:
     """Wait until the daemon serves; exit with 3 if it does not."""
     settings.client.wait_ready(timeout)
     settings.out.show({"socket": str(settings.client.socket)}, f"ready: {settings.client.socket}")
+
+
+def has_text(reply: Any) -> str:
+    """Say what there is."""
+    counts = [(reply.vms, "VM"), (reply.files, "file"), (reply.sessions, "session")]
+    return ", ".join(count_text(number, noun) for number, noun in counts)
+
+
+def daemon_text(reply: Any) -> str:
+    """Say what the daemon itself uses."""
+    text = size_text(reply.daemon_rss_bytes)
+    if reply.daemon_fds:
+        text += f", {count_text(reply.daemon_fds, 'descriptor')}"
+    return text
 
 
 def orders_text(free_blocks: Any) -> str:

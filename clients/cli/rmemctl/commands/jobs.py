@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from ..app import Command, Settings, pass_settings
-from ..units import PAGES, VM, count_text
-from .moves import report_parts
+from ..units import PAGES, VM
+from .moves import run
 from .page import page_options
 
 
@@ -26,12 +26,12 @@ def migrate(
     """Move pages to other frames and report on each.
 
     Pages whose consumer's migrate_folio is NULL are unmovable, pages that somebody holds are
-    busy. That not all pages moved is a report, no failure: the exit code is 0.
+    busy. That not all pages moved is a report, no failure: the exit code is 0. Ctrl-C cancels it;
+    what is moved stays so.
     """
     if (vm is None) is not (not gfns) or bool(gfns) is bool(pfns):
         raise click.UsageError("name the pages by --vm and --gfn, or by --pfn")
-    reply = settings.client.host.migrate(pfns=pfns, vm=vm or 0, gfns=gfns, node=node)
-    settings.out.show(reply, *report_parts(reply.report), items=reply.report.runs)
+    run(settings, settings.client.jobs.migrate(pfns=pfns, vm=vm or 0, gfns=gfns, node=node))
 
 
 @click.command(cls=Command)
@@ -39,13 +39,7 @@ def migrate(
 @pass_settings
 def compact(settings: Settings, node: int) -> None:
     """Move pages of a node together, to regain free 2 MiB blocks."""
-    reply = settings.client.host.compact(node)
-    blocked = count_text(reply.blocked_2m, "block")
-    text = (
-        f"free 2 MiB blocks: {reply.free_2m_before} before, {reply.free_2m_after} after; "
-        f"{blocked} kept partly used by unmovable pages"
-    )
-    settings.out.show(reply, *report_parts(reply.report), text, items=reply.report.runs)
+    run(settings, settings.client.jobs.compact(node))
 
 
 @click.command(cls=Command)

@@ -51,7 +51,7 @@ def mem() -> None:
     """
 
 
-@mem.command("list")
+@mem.command("list", watchable=True)
 @pass_settings
 def list_files(settings: Settings) -> None:
     """List the restricted files; PRIVATE and SHARED are the pages present."""
@@ -64,7 +64,7 @@ def list_files(settings: Settings) -> None:
     )
 
 
-@mem.command()
+@mem.command(watchable=True)
 @click.argument("file", type=FILE)
 @pass_settings
 def show(settings: Settings, file: int) -> None:

@@ -1,15 +1,21 @@
-"""How a report of moved pages is shown; migrate, compact and offline share it."""
+"""Long jobs that move pages: run to their end and shown; migrate, compact and offline share it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import click
+
+from ..app import Settings
+from ..errors import paint
 from ..output import Column, Facts, Part, Table
 from ..plain import enum_word
+from ..progress import finish
 from ..units import count_text, range_text
 
 if TYPE_CHECKING:
     from rmem.v1 import host_pb2, types_pb2
+    from rmem_client.operation import Job, Response
 
 COLUMNS = [
     Column("FROM PFN", lambda run: range_text(run.src_pfn, run.npages)),
@@ -23,6 +29,46 @@ COLUMNS = [
 ]
 
 TOTALS = ["moved", "unmovable", "busy", "failed"]
+
+
+def run(settings: Settings, started: Job) -> None:
+    """Wait for a job that was started, show what it did, and end as it ended."""
+    job, interrupted = finish(settings, started)
+    show_job(settings, job)
+    if interrupted:
+        raise click.exceptions.Abort
+
+
+def show_job(settings: Settings, job: Job) -> None:
+    """Show what a job did, and say on stderr if it was cancelled; raise what else ended it."""
+    from rmem_client import Cancelled
+
+    if job.response is None:
+        job.result()
+        return
+    reply = job.response
+    parts = [*report_parts(reply.report), *summary(reply)]
+    settings.out.show(reply, *parts, items=reply.report.runs, names=[job.name])
+    if isinstance(job.error, Cancelled):
+        told = job.progress
+        of_all = f"{told.done_pages} of {count_text(told.total_pages, 'page')} dealt with"
+        click.echo(f"{paint('cancelled:', 'yellow')} {of_all}; what is done stays", err=True)
+
+
+def summary(reply: Response) -> list[str]:
+    """Return what a kind of job has to say beside its report."""
+    from rmem.v1 import host_pb2
+
+    match reply:
+        case host_pb2.CompactResponse():
+            return [
+                f"free 2 MiB blocks: {reply.free_2m_before} before, {reply.free_2m_after} after; "
+                f"{count_text(reply.blocked_2m, 'block')} kept partly used by unmovable pages"
+            ]
+        case host_pb2.OfflineResponse():
+            return [f"{count_text(reply.offline, 'frame')} offline"]
+        case _:
+            return []
 
 
 def report_parts(report: host_pb2.MoveReport) -> list[Part]:

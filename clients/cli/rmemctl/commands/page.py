@@ -71,7 +71,7 @@ def page_options(function: Function) -> Function:
     return wrapped  # type: ignore[no-any-return]
 
 
-@page.command()
+@page.command(watchable=True)
 @page_options
 @pass_settings
 def show(settings: Settings, address: dict[str, int]) -> None:
@@ -80,7 +80,7 @@ def show(settings: Settings, address: dict[str, int]) -> None:
     settings.out.show(reply, Facts(story(reply)), names=[f"{reply.pfn:#x}"])
 
 
-@page.command("map")
+@page.command("map", watchable=True)
 @click.argument("pfns", type=PAGES, required=False)
 @click.option("--draw", "picture", is_flag=True, help="Draw the frames as characters.")
 @click.option("--used", is_flag=True, help="Leave free frames out of the table.")

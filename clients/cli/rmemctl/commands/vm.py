@@ -11,6 +11,7 @@ from ..output import Column, Facts, Table
 from ..plain import enum_word
 from ..units import (
     ADDRESS,
+    CONSUMER,
     FILE,
     PAGE_BYTES,
     PAGES,
@@ -67,7 +68,7 @@ def vm() -> None:
     """Make and change virtual machines."""
 
 
-@vm.command("list")
+@vm.command("list", watchable=True)
 @pass_settings
 def list_vms(settings: Settings) -> None:
     """List the VMs; PRIVATE and SHARED are what is mapped."""
@@ -80,7 +81,7 @@ def list_vms(settings: Settings) -> None:
     )
 
 
-@vm.command()
+@vm.command(watchable=True)
 @click.argument("vm", type=VM)
 @pass_settings
 def show(settings: Settings, vm: int) -> None:
@@ -106,7 +107,7 @@ def show(settings: Settings, vm: int) -> None:
 
 
 @vm.command()
-@click.argument("consumer")
+@click.argument("consumer", type=CONSUMER)
 @click.option("--name", default="", help="A name for people.")
 @click.option(
     "--personality",
@@ -142,6 +143,38 @@ def create(
     )
     reply = {"revision": settings.client.last_revision, "vm": made}
     settings.out.show(reply, f"vm/{made}", names=[f"vm/{made}"])
+
+
+@vm.command("swap-consumer")
+@click.argument("vm", type=VM)
+@click.argument("consumer", type=CONSUMER, default="")
+@click.option(
+    "-c", "--config", type=SETTING, multiple=True, metavar="KEY=VALUE", help="A consumer's option."
+)
+@pass_settings
+def swap_consumer(
+    settings: Settings, vm: int, consumer: str, config: tuple[tuple[str, str], ...]
+) -> None:
+    """Replace a VM's consumer while it runs; its pages keep their bytes.
+
+    Without CONSUMER its own is made anew. Refused if live state relies on an op that would be lost.
+    """
+    reply = settings.client.vms.swap_consumer(vm, consumer, config=dict(config))
+    changed = "" if reply.previous == reply.consumer else f", was {reply.previous}"
+    facts = Facts(
+        [
+            ("consumer", f"{reply.consumer}{changed}"),
+            ("gained", " ".join(reply.gained)),
+            ("lost", " ".join(reply.lost)),
+            ("state", f"{reply.state_kind} version {reply.state_version}"),
+            ("carried over", count_text(reply.carried_entries, "record")),
+            ("held no more", pages_text(reply.released_pages)),
+            ("held now", pages_text(reply.held_pages)),
+            ("movability changed", pages_text(reply.reclassified_pages)),
+            ("stood still", f"{reply.pause_us} µs"),
+        ]
+    )
+    settings.out.show(reply, facts, names=[f"vm/{vm}"])
 
 
 @vm.command()
@@ -270,7 +303,7 @@ def prefault(settings: Settings, vm: int, gfns: tuple[int, int], trace: bool) ->
     settings.out.show(reply, text, Table(STEP_COLUMNS, reply.steps), names=[f"vm/{vm}"])
 
 
-@vm.command()
+@vm.command(watchable=True)
 @click.argument("vm", type=VM)
 @click.argument("gfns", type=PAGES, required=False)
 @pass_settings

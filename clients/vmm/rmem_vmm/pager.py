@@ -1,0 +1,110 @@
+"""A pager's process (``python -m rmem_vmm.pager``): faults of a guest, resolved by another process.
+
+Owns the handler's end. It has a session of its own and a file of bytes. Faults on shared holes it
+fills from that file (UFFDIO_COPY), since the host may know those bytes; a private page's are the
+guest's own, so that such a fault can only be let go on (UFFDIO_CONTINUE). Nothing of it is needed
+for the guest to live: when it dies, its registrations go, and faults allocate pages as ever.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+from rmem_client import RmemError
+from rmem_client.constants import PAGE_BYTES
+from rmem_client.session import Notice, Session
+
+from .channel import Channel, Hangup, Message
+
+
+class Pager:
+    """Resolves faults of registered ranges.
+
+    Args:
+        session: the pager's session.
+        channel: to the VMM.
+        source: the file whose bytes shared pages are made of.
+    """
+
+    def __init__(self, session: Session, channel: Channel, source: int) -> None:
+        self._session = session
+        self._channel = channel
+        self._source = source
+        self._held: list[Notice] = []
+        self._holding = False
+
+    def serve(self) -> None:
+        """Serve until the VMM hangs up.
+
+        Raises:
+            Hangup: it has.
+        """
+        while True:
+            ready, _, _ = select.select([self._session, self._channel], [], [])
+            if self._channel in ready:
+                self._ordered(self._channel.receive()[0])
+            if self._session in ready:
+                notice = self._session.next_notice(0)
+                if notice is not None:
+                    self._noticed(notice)
+
+    def _noticed(self, notice: Notice) -> None:
+        if notice.kind == Notice.CLOSED:
+            raise Hangup
+        if notice.kind == Notice.FAULT:
+            if self._holding:
+                self._channel.send({"event": "holds", **_where(notice)})
+                return
+            self._resolve(notice)
+        else:
+            self._channel.send({"event": notice.kind.lower(), **_where(notice)})
+
+    def _resolve(self, fault: Notice) -> None:
+        file, offset, length = fault.file, fault.offset_bytes, fault.length_bytes
+        if fault.private:
+            self._session.resolve_continue(file, offset, length, private=True)
+            how = "continued"
+        else:
+            data = os.pread(self._source, length, offset)
+            self._session.resolve_copy(file, offset, data.ljust(length, b"\0"))
+            how = "copied"
+        self._channel.send({"event": "resolved", "how": how, **_where(fault)})
+
+    def _ordered(self, order: Message) -> None:
+        if order["do"] == "register":
+            userfault = self._session.register_faults(
+                order["file"], order["offset"], order["length"]
+            )
+            self._channel.send({"event": "registered", "userfault": userfault})
+        elif order["do"] == "hold":
+            self._holding = True
+            self._channel.send({"event": "holding"})
+
+
+def _where(notice: Notice) -> Message:
+    return {
+        "file": notice.file, "offset": notice.offset_bytes,
+        "pages": notice.length_bytes // PAGE_BYTES, "private": notice.private,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Be a pager; return the exit status."""
+    channel = Channel.inherited(int(sys.argv[1]))
+    try:
+        spec, fds = channel.receive()
+        with Session.open(spec["socket_dir"], role="host") as session:
+            channel.send({"event": "ready", "session": session.number})
+            Pager(session, channel, fds[0]).serve()
+    except Hangup:
+        return os.EX_OK
+    except (RmemError, OSError) as error:
+        channel.send({"event": "failed", "text": f"{type(error).__name__}: {error}"})
+        return os.EX_SOFTWARE
+    return os.EX_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

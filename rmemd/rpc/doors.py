@@ -1,0 +1,85 @@
+"""What a gRPC door knows of who comes through it.
+
+Owns the way from a connection to a tenant. A Unix socket tells nothing of its peer, so there a
+token from the session socket does; over TCP the certificate does, by its URI SAN and never by its
+common name. Without TLS everybody on the loopback is one tenant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, cast
+
+import grpc
+
+from rmemd.access.callers import TCP, UNIX, Access, Caller
+from rmemd.errors import TOKEN_UNKNOWN
+
+TOKEN = "rmem-token"
+INSECURE_TENANT = "insecure:loopback"
+SPIFFE = "spiffe://"
+
+
+class Door(Protocol):
+    """Says who makes a call."""
+
+    access: Access
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Return the caller.
+
+        Raises:
+            Unauthenticated: nobody knows who it is.
+        """
+
+
+class UnixDoor:
+    """The Unix socket: a token, or the daemon's own user where the directory is private."""
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Return the caller of a token, or the daemon's own user."""
+        return self.access.caller(UNIX, "", token_of(context))
+
+
+class TlsDoor:
+    """TCP with mutual TLS: the tenant is the certificate's SPIFFE id."""
+
+    def __init__(self, access: Access, trust_domain: str = "") -> None:
+        self.access = access
+        self._prefix = f"{SPIFFE}{trust_domain}/" if trust_domain else SPIFFE
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Return the tenant that the certificate names, in its token's session if it has one."""
+        names = spiffe_ids(cast("Mapping[str, Sequence[bytes]]", context.auth_context()))
+        if len(names) != 1 or not names[0].startswith(self._prefix):
+            raise TOKEN_UNKNOWN(
+                "no such tenant", for_log=f"the certificate names {names or 'nobody'}"
+            )
+        return self.access.caller(TCP, names[0], token_of(context))
+
+
+class LoopbackDoor:
+    """TCP without TLS, for one machine's loopback: everybody is the same tenant."""
+
+    def __init__(self, access: Access) -> None:
+        self.access = access
+
+    def caller(self, context: grpc.ServicerContext) -> Caller:
+        """Return the one tenant, in its token's session if it has one."""
+        return self.access.caller(TCP, INSECURE_TENANT, token_of(context))
+
+
+def spiffe_ids(known: Mapping[str, Sequence[bytes]]) -> list[str]:
+    """Return the SPIFFE ids of a verified certificate; a good one has exactly one."""
+    return [name.decode(errors="replace") for name in known.get("peer_spiffe_id", ())]
+
+
+def token_of(context: grpc.ServicerContext) -> str:
+    """Return a call's token, "" if it has none; two are none that is good."""
+    found = [str(value) for key, value in context.invocation_metadata() or () if key == TOKEN]
+    if len(found) > 1:
+        raise TOKEN_UNKNOWN("no such token", field=TOKEN)
+    return found[0] if found else ""

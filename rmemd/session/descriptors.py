@@ -1,0 +1,92 @@
+"""Descriptors that leave the daemon: the only place where one does.
+
+Owns the check of invariant I23 (what is passed is sealed against shrinking, growing and unsealing,
+and of mode 0600) and the count per tenant, which is taken before a descriptor is made.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import socket
+import stat
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rmemd.engine.quotas import UNLIMITED, Quotas, over
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Passed:
+    """How many descriptors each tenant has been given by sessions that live."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self._quotas = quotas
+        self._lock = threading.Lock()
+        self._by_session: dict[int, tuple[str, int]] = {}
+        self._by_tenant: Counter[str] = Counter()
+
+    def of(self, tenant: str) -> int:
+        """Return a tenant's count."""
+        return self._by_tenant[tenant]
+
+    @contextmanager
+    def one_more(self, tenant: str, session: int) -> Iterator[None]:
+        """Charge a descriptor; it is given back if the block fails.
+
+        Raises:
+            Exhausted: QUOTA.
+        """
+        with self._lock:
+            limit, used = self._quotas.of(tenant).fds, self._by_tenant[tenant]
+            if limit != UNLIMITED and used >= limit:
+                raise over("fds", tenant, used, 1, limit)
+            self._add(tenant, session, 1)
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                # unless the session has ended meanwhile, and its charges with it
+                if session in self._by_session:
+                    self._add(tenant, session, -1)
+            raise
+
+    def forget(self, session: int) -> None:
+        """Take a session's off the count: it has ended."""
+        with self._lock:
+            tenant, count = self._by_session.pop(session, ("", 0))
+            self._by_tenant[tenant] -= count
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
+
+    def _add(self, tenant: str, session: int, n: int) -> None:
+        _, count = self._by_session.get(session, (tenant, 0))
+        self._by_session[session] = (tenant, count + n)
+        self._by_tenant[tenant] += n
+
+
+def send(sock: socket.socket, datagram: bytes, fd: int) -> None:
+    """Send a datagram with a descriptor of a shared half."""
+    require_sealed(fd)
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
+    sock.sendmsg([datagram], [rights])
+
+
+def require_sealed(fd: int) -> None:
+    """Check that a descriptor is of a shared half: sealed, and nobody else's to reopen.
+
+    Raises:
+        AssertionError: it is not, and must not leave.
+    """
+    mode = stat.S_IMODE(os.fstat(fd).st_mode)
+    # the arena is not sealed, a socket or journal has no seals at all
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        seals = 0
+    if seals & SEALS != SEALS or mode != 0o600:
+        raise AssertionError(f"a descriptor of seals {seals:#x}, mode {mode:#o} must not leave")

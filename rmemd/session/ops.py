@@ -1,0 +1,258 @@
+"""What the session socket's records do: each op is one engine method, the same that gRPC calls.
+
+Owns the way from a record to the engine and its result back: what must be zero, who may
+(``access.rules``, once a record), arguments, result. Each record is an operation of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rmem.v1 import session_pb2
+from rmemd.access.callers import Caller
+from rmemd.access.rules import admit
+from rmemd.engine.cancel import never
+from rmemd.engine.engine import Engine
+from rmemd.errors import (
+    BAD_REQUEST,
+    MESSAGE_TOO_BIG,
+    NO_SUCH_SESSION,
+    NOT_PAGE_ALIGNED,
+    UNKNOWN_FLAG,
+    RmemError,
+)
+from rmemd.rpc.dispatch import name_error
+from rmemd.rpc.status import refusal_of, shorten
+from rmemd.session.wire import RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
+from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
+
+ECANCELED = 125
+CANCELLED_CODE = 1
+MESSAGE_MAX = 512
+RULES = {op: f"Session/{op.name}" for op in Op}
+_CODES = {
+    "INVALID_ARGUMENT": 3, "NOT_FOUND": 5, "ALREADY_EXISTS": 6, "PERMISSION_DENIED": 7,
+    "RESOURCE_EXHAUSTED": 8, "FAILED_PRECONDITION": 9, "ABORTED": 10, "OUT_OF_RANGE": 11,
+    "INTERNAL": 13, "UNAVAILABLE": 14, "DATA_LOSS": 15, "UNAUTHENTICATED": 16, "CANCELLED": 1,
+}  # fmt: skip
+Result = tuple[int, bytes]
+Handler = Callable[[Record, bytes, int], Result]
+NOTHING = (0, b"")
+
+
+class Operations:
+    """The ops of one session.
+
+    Args:
+        engine: whose methods they are.
+        caller: who asks.
+        is_over: whether the session has ended; then nothing more is carried out.
+    """
+
+    def __init__(self, engine: Engine, caller: Caller, is_over: Callable[[], bool] = never) -> None:
+        self._engine = engine
+        self._caller = caller
+        self._is_over = is_over
+        self._handlers: dict[int, Handler] = {
+            Op.GET: self._get, Op.PUT: self._put, Op.PIN: self._pin, Op.UNPIN: self._unpin,
+            Op.FAULT: self._fault, Op.CONVERT: self._convert,
+            Op.CONVERT_FILE: self._convert_file, Op.READ_SHARED: self._read_shared,
+            Op.WRITE_SHARED: self._write_shared, Op.READ_GUEST: self._read_guest,
+            Op.WRITE_GUEST: self._write_guest, Op.USERFAULT_REGISTER: self._register,
+            Op.USERFAULT_UNREGISTER: self._unregister, Op.USERFAULT_COPY: self._copy,
+            Op.USERFAULT_ZERO: self._zero, Op.USERFAULT_CONTINUE: self._continue,
+            Op.USERFAULT_WAKE: self._wake,
+        }  # fmt: skip
+
+    def serve(self, frame: Frame) -> Reply:
+        """Carry a request's records out, in order."""
+        reply = Reply(frame.sequence)
+        stopped = False
+        for record in map(Record._make, RECORD.iter_unpack(frame.records)):
+            if stopped:
+                self._cancel(reply, record)
+            elif not self._one(frame, record, reply) and frame.stops:
+                stopped = True
+        return reply
+
+    def _one(self, frame: Frame, record: Record, reply: Reply) -> bool:
+        """Carry one record out; return whether it was."""
+        try:
+            data = self.check(frame, record)
+            handler = self._handlers.get(record.op)
+            if handler is None:
+                raise BAD_REQUEST("FD is alone in its datagram", field="op")
+            value, payload = handler(record, data, reply.room)
+        except Exception as error:
+            self.refuse(reply, record, error, frame.sequence)
+            return False
+        reply.done(record.tag, value, self._engine.revision, payload)
+        return True
+
+    def check(self, frame: Frame, record: Record) -> bytes:
+        """Check what all ops have in common, and whether the caller may; return the payload.
+
+        Raises:
+            InvalidArgument: BAD_REQUEST, UNKNOWN_FLAG.
+            RmemError: as ``access.rules.admit`` does.
+        """
+        if self._is_over():
+            raise NO_SUCH_SESSION("the session has ended", field="session")
+        use = USES.get(record.op)
+        if use is None:
+            raise BAD_REQUEST(f"no op {record.op}", field="op")
+        if record.flags & ~use.flags:
+            raise UNKNOWN_FLAG(
+                f"flags {record.flags:#x}; this op has {use.flags:#x}", field="flags"
+            )
+        for at, name in UNUSED[record.op]:
+            if record[at]:
+                raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
+        admit(self._engine.core, self._caller, RULES[Op(record.op)], record)
+        if not use.payload:
+            return b""
+        end = record.payload_offset + record.payload_length
+        if end > len(frame.payload):
+            raise BAD_REQUEST(
+                f"it ends at {end} of {len(frame.payload)} bytes of payload",
+                field="payload_length",
+            )
+        return bytes(frame.payload[record.payload_offset : end])
+
+    def refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> None:
+        """Answer a record with what was raised."""
+        revision = self._engine.revision
+        refusal = name_error(error, f"session {self._caller.session} datagram {sequence}")
+        message = session_pb2.SessionRefusal(
+            message=shorten(refusal.message, MESSAGE_MAX),
+            code=code_of(refusal),
+            refusal=refusal_of(refusal, revision),
+        )
+        reply.refused(
+            record.tag, refusal.errno, message.code, revision, message.SerializeToString(),
+            refusal.details.progress_pages or 0,
+        )  # fmt: skip
+
+    def _cancel(self, reply: Reply, record: Record) -> None:
+        reply.refused(record.tag, ECANCELED, CANCELLED_CODE, self._engine.revision, b"", 0)
+
+    # --- pages held --------------------------------------------------------------------------
+    def _get(self, r: Record, data: bytes, room: int) -> Result:
+        _require_room(r.length // PAGE_SIZE * 8, room)
+        pfns = self._engine.get_pages(r.object, r.start, r.length, self._caller.owner)
+        return pfns.size, pfns.astype("<i8").tobytes()
+
+    def _put(self, r: Record, data: bytes, room: int) -> Result:
+        if not data or len(data) % 8:
+            raise BAD_REQUEST(f"{len(data)} bytes are no frames", field="payload_length")
+        pfns: I64 = np.frombuffer(data, dtype="<i8").astype(np.int64)
+        return self._engine.put_pages(pfns, self._caller.owner), b""
+
+    def _pin(self, r: Record, data: bytes, room: int) -> Result:
+        purpose = _text(data)
+        pin = self._engine.pin(
+            r.object, r.start, r.length, purpose, "session", self._caller.owner, self._is_over
+        )
+        return pin, b""
+
+    def _unpin(self, r: Record, data: bytes, room: int) -> Result:
+        self._engine.unpin(r.object)
+        return NOTHING
+
+    # --- guest memory ------------------------------------------------------------------------
+    def _fault(self, r: Record, data: bytes, room: int) -> Result:
+        done = self._engine.pre_fault(r.object, r.start, r.length, cancelled=self._is_over)
+        return done.done_pages, b""
+
+    def _convert(self, r: Record, data: bytes, room: int) -> Result:
+        return self._engine.set_attributes(r.object, [(r.start, r.length, r.value)]), b""
+
+    def _convert_file(self, r: Record, data: bytes, room: int) -> Result:
+        done = self._engine.convert_file(r.object, r.start, r.length, r.value)
+        return done.changed_pages, done.content.encode()
+
+    def _read_guest(self, r: Record, data: bytes, room: int) -> Result:
+        _require_room(r.length, room)
+        read = self._engine.read_guest(
+            r.object, r.value, r.start, r.length, bool(r.flags & Flag.PRIVATE), self._is_over
+        )
+        return len(read), read
+
+    def _write_guest(self, r: Record, data: bytes, room: int) -> Result:
+        self._engine.write_guest(
+            r.object, r.value, r.start, data, bool(r.flags & Flag.PRIVATE), self._is_over
+        )
+        return len(data), b""
+
+    # --- the shared half ---------------------------------------------------------------------
+    def _read_shared(self, r: Record, data: bytes, room: int) -> Result:
+        _require_room(r.length, room)
+        read = self._engine.read_shared(
+            r.object, r.start, r.length, self._caller.session, self._is_over
+        )
+        return len(read), read
+
+    def _write_shared(self, r: Record, data: bytes, room: int) -> Result:
+        self._engine.write_shared(r.object, r.start, data, self._caller.session, self._is_over)
+        return len(data), b""
+
+    def descriptor(self, r: Record) -> int:
+        """Return the descriptor that an FD record asks for; the caller closes it."""
+        read_only = bool(r.flags & Flag.READ_ONLY)
+        return self._engine.shared_descriptor(r.object, self._caller.session, read_only)
+
+    # --- page fault handlers -----------------------------------------------------------------
+    def _register(self, r: Record, data: bytes, room: int) -> Result:
+        pgoff, npages = _pages(r.start, r.length)
+        session = self._caller.session
+        return self._engine.register_userfault(r.object, pgoff, npages, session), b""
+
+    def _unregister(self, r: Record, data: bytes, room: int) -> Result:
+        self._engine.unregister_userfault(r.object, self._caller.session)
+        return NOTHING
+
+    def _copy(self, r: Record, data: bytes, room: int) -> Result:
+        pgoff, _ = _pages(r.start, 0)
+        session = self._caller.session
+        return self._engine.userfault_copy(r.object, pgoff, data, session), b""
+
+    def _zero(self, r: Record, data: bytes, room: int) -> Result:
+        pgoff, npages = _pages(r.start, r.length)
+        session = self._caller.session
+        return self._engine.userfault_zeropage(r.object, pgoff, npages, session), b""
+
+    def _continue(self, r: Record, data: bytes, room: int) -> Result:
+        pgoff, npages = _pages(r.start, r.length)
+        private, session = bool(r.flags & Flag.PRIVATE), self._caller.session
+        return self._engine.userfault_continue(r.object, pgoff, npages, private, session), b""
+
+    def _wake(self, r: Record, data: bytes, room: int) -> Result:
+        pgoff, npages = _pages(r.start, r.length)
+        self._engine.userfault_wake(r.object, pgoff, npages, self._caller.session)
+        return NOTHING
+
+
+def code_of(refusal: RmemError) -> int:
+    """Return a refusal's google.rpc.Code."""
+    return _CODES[refusal.reason.kind.code]
+
+
+def _pages(start: int, length: int) -> tuple[int, int]:
+    for field, value in (("start", start), ("length", length)):
+        if not is_page_aligned(value):
+            raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field)
+    return start >> PAGE_SHIFT, length >> PAGE_SHIFT
+
+
+def _require_room(nbytes: int, room: int) -> None:
+    if nbytes > room:
+        raise MESSAGE_TOO_BIG(f"{nbytes} bytes; the reply has room for {room}", field="length")
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BAD_REQUEST("the purpose is no UTF-8", field="payload_offset") from error

@@ -1,0 +1,216 @@
+"""A session's conversation, on a thread of its own: HELLO, then requests until the end.
+
+Owns receiving. Nothing a client sends reaches further than ``wire.decode`` unless it is whole, and
+no descriptor it sends is ever installed in this process: there is no room for one, and the kernel
+says that it dropped some.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+import structlog
+
+from rmem.v1 import session_pb2
+from rmemd.access.callers import SOCKET, Access, Caller
+from rmemd.engine.engine import Engine
+from rmemd.errors import BAD_REQUEST, TOKEN_UNKNOWN, RmemError
+from rmemd.model.sessions import SessionInfo
+from rmemd.rpc.dispatch import name_error
+from rmemd.rpc.status import refusal_of
+from rmemd.session import descriptors
+from rmemd.session.connection import Connection
+from rmemd.session.descriptors import Passed
+from rmemd.session.ops import Operations, code_of
+from rmemd.session.wire import (
+    DATAGRAM_MAX,
+    RECORD,
+    Broken,
+    Frame,
+    Kind,
+    Op,
+    Record,
+    Reply,
+    Role,
+    decode,
+    decode_hello,
+    frame,
+    welcome,
+)
+
+# how a session ends, as the log has it
+EOF, PROTOCOL, SILENT, REFUSED, SLOW = "eof", "protocol", "silent", "refused", "slow reader"
+
+log = structlog.get_logger("rmemd.session")
+
+
+class Gone(Exception):
+    """The conversation is over; the message says why."""
+
+
+class Talk:
+    """One connection's conversation."""
+
+    def __init__(
+        self, connection: Connection, engine: Engine, access: Access, passed: Passed
+    ) -> None:
+        self._connection = connection
+        self._sock = connection.sock
+        self._engine = engine
+        self._access = access
+        self._passed = passed
+        self._buffer = bytearray(DATAGRAM_MAX + 1)
+        self._view = memoryview(self._buffer)
+
+    # --- HELLO -------------------------------------------------------------------------------
+    def open(self) -> None:
+        """Take the HELLO and answer it.
+
+        Raises:
+            Gone: there is no session.
+        """
+        try:
+            data = self._receive()
+        except BlockingIOError as silent:
+            raise Gone(SILENT) from silent
+        try:
+            hello = decode_hello(data)
+        except Broken as broken:
+            raise self._refused(BAD_REQUEST(str(broken), field="hello"), PROTOCOL) from broken
+        try:
+            info, token = self._admit(hello.role, hello.ticket)
+        except Exception as error:
+            raise self._refused(name_error(error, "hello"), REFUSED) from error
+        if not self._connection.adopt(info):
+            self._abandon(info)
+        self._caller = Caller(info.tenant, info.role, info.session, info.vm, SOCKET)
+        self._operations = Operations(self._engine, self._caller, self._connection.is_over)
+        self._token = token
+        self._info = info
+
+    def greet(self) -> None:
+        """Send the WELCOME; from then on the client may be told of things."""
+        info = self._info
+        self._send(
+            welcome(
+                info.session, info.vm, self._engine.revision, info.role, self._token, info.tenant, 0
+            )
+        )
+        self._connection.welcomed()
+        peer = self._connection.peer
+        log.info(
+            "session_opened", session=info.session, tenant=info.tenant, role=info.role,
+            pid=peer.pid, uid=peer.uid, parent=info.parent,
+        )  # fmt: skip
+
+    def _admit(self, role: int, ticket: bytes) -> tuple[SessionInfo, str]:
+        peer, access = self._connection.peer, self._access
+        if not ticket:
+            self._require_known(peer.uid)
+            wanted = Role(role).name.lower()
+            return access.open(peer.tenant, wanted, SOCKET, peer.pid)
+        info, token = access.redeem(ticket, SOCKET, peer.pid)
+        if role and Role(role).name.lower() != info.role:
+            access.close(info.session)
+            raise BAD_REQUEST(f"the ticket is for a {info.role}", field="role")
+        return info, token
+
+    def _require_known(self, uid: int) -> None:
+        # in a private daemon the directory's mode has said so already
+        if not self._access.policy.shared and uid not in (0, os.getuid()):
+            raise TOKEN_UNKNOWN("no such ticket", for_log=f"uid {uid} has none", field="ticket")
+
+    def _abandon(self, info: SessionInfo) -> None:
+        """Let a session go whose client ended while it was opened."""
+        with contextlib.suppress(RmemError):
+            self._access.close(info.session)
+        raise Gone(self._connection.why)
+
+    # --- requests ----------------------------------------------------------------------------
+    def serve(self) -> None:
+        """Serve requests until the client or the session has gone.
+
+        Raises:
+            Gone: in the end.
+        """
+        while not self._connection.is_over():
+            data = self._receive()
+            try:
+                request = decode(data, Kind.REQUEST)
+            except Broken as broken:
+                raise self._refused(BAD_REQUEST(str(broken), field="frame"), PROTOCOL) from broken
+            if request.count == 1 and _op(request) == Op.FD:
+                self._pass_descriptor(request)
+            else:
+                self._send(self._operations.serve(request).encode())
+        raise Gone(self._connection.why)
+
+    def _pass_descriptor(self, request: Frame) -> None:
+        record = Record._make(RECORD.unpack(request.records))
+        reply = Reply(request.sequence)
+        try:
+            self._operations.check(request, record)
+            with self._passed.one_more(self._caller.tenant, self._caller.session):
+                fd = self._operations.descriptor(record)
+                try:
+                    reply.done(record.tag, 0, self._engine.revision)
+                    descriptors.send(self._sock, reply.encode(), fd)
+                finally:
+                    os.close(fd)
+                return
+        except BrokenPipeError as gone:
+            raise Gone(EOF) from gone
+        except BlockingIOError as full:
+            raise Gone(SLOW) from full
+        except Exception as error:
+            reply = Reply(request.sequence)
+            self._operations.refuse(reply, record, error, request.sequence)
+        self._send(reply.encode())
+
+    # --- datagrams ---------------------------------------------------------------------------
+    def _receive(self) -> memoryview:
+        try:
+            n, _, flags, _ = self._sock.recvmsg_into([self._buffer])
+        except ConnectionError as reset:
+            # it closed its end with our replies unread
+            raise Gone(EOF) from reset
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+            what = "descriptors" if flags & socket.MSG_CTRUNC else f"more than {DATAGRAM_MAX} bytes"
+            raise self._refused(BAD_REQUEST(f"the datagram has {what}", field="frame"), PROTOCOL)
+        if n == 0:
+            raise Gone(EOF)
+        return self._view[:n]
+
+    def _send(self, datagram: bytes) -> None:
+        try:
+            self._sock.send(datagram)
+        except BlockingIOError as full:
+            raise Gone(SLOW) from full
+        except ConnectionError as gone:
+            raise Gone(EOF) from gone
+
+    def _refused(self, refusal: RmemError, why: str) -> Gone:
+        """Tell the client why it goes, if it listens."""
+        log.info(
+            "session_refused", reason=refusal.reason.name, message=refusal.message, why=why,
+            for_log=refusal.details.for_log, pid=self._connection.peer.pid,
+            uid=self._connection.peer.uid, session=self._connection.number,
+        )  # fmt: skip
+        with contextlib.suppress(OSError):
+            self._sock.send(refused_frame(refusal, self._engine.revision), socket.MSG_DONTWAIT)
+        return Gone(why)
+
+
+def _op(request: Frame) -> int:
+    """Return the op of a request's first record, which comes first in it."""
+    return int.from_bytes(request.records[:2], "little")
+
+
+def refused_frame(refusal: RmemError, revision: int) -> bytes:
+    """Return the datagram that tells a client why there is no session for it (any more)."""
+    message = session_pb2.SessionRefusal(
+        message=refusal.message, code=code_of(refusal), refusal=refusal_of(refusal, revision)
+    )
+    return frame(Kind.REFUSED, 0, payload=message.SerializeToString())
