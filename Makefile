@@ -20,7 +20,7 @@ define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
 endef
 
-.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench client protos protos-baseline lock clean
+.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench client protos protos-baseline man lock clean
 
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
@@ -84,6 +84,11 @@ protos: $(READY)
 # accept the API as it is now: later changes must be compatible with it
 protos-baseline: $(READY)
 	@PYTHON=$(BIN)/python protos/generate.sh baseline
+
+# man pages of every command of rmemctl and rmemd, into build/man: man -l build/man/rmemctl.1
+man: $(READY)
+	@rm -rf build/man
+	@$(BIN)/python docs/man.py build/man
 
 # requirements.in -> requirements.lock, with hashes and without a word on where the packages came from
 lock:

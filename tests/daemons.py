@@ -42,6 +42,8 @@ from rmem.v1 import (
 from rmem_client import Client
 
 BIN = Path(sys.executable).parent
+# for tests that read the daemon's /proc/PID/fd, which is root's alone of a process without dumps
+DEBUGGABLE = ("--set", "daemon.debuggable=true")
 PATIENCE_SECONDS = 30.0
 MODULES = (
     consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, vcpu_pb2, vm_pb2,
@@ -146,7 +148,7 @@ class Daemon:
         return [json.loads(line) for line in self.log.splitlines()]
 
     def fds(self) -> dict[str, str]:
-        """Return the daemon's open descriptors and what they are."""
+        """Return the daemon's open descriptors and what they are; start it with DEBUGGABLE."""
         found = {}
         for entry in Path(f"/proc/{self.process.pid}/fd").iterdir():
             try:

@@ -47,10 +47,14 @@ class Handler:
 
 
 @contextmanager
-def calls() -> Iterator[Callable[..., Future[Any]]]:
-    """Make calls in threads; ``result`` waits for each."""
+def calls(engine: Engine) -> Iterator[Callable[..., Future[Any]]]:
+    """Make calls in threads; ``result`` waits for each. Where a test fails, all of them end."""
     with ThreadPoolExecutor(8) as pool:
-        yield pool.submit
+        try:
+            yield pool.submit
+        except BaseException:
+            engine.drain()
+            raise
 
 
 def result(call: Future[Any]) -> Any:

@@ -51,6 +51,8 @@ class SitePackages:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._platforms: dict[str, str] = {}
+        self._edits = 0
         directory.mkdir()
 
     @property
@@ -68,6 +70,7 @@ class SitePackages:
         package = self.directory / f"rmemd_{name}"
         package.mkdir()
         (package / "__init__.py").write_text(source)
+        self._platforms[name] = "Platform"
         self.dist_info(f"rmemd-{name}", f"{name} = rmemd_{name}:Platform")
 
     def dist_info(self, distribution: str, entry_point: str, version: str = "9.9") -> None:
@@ -78,6 +81,41 @@ class SitePackages:
             f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
         )
         (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entry_point}\n")
+
+    def edit(self, name: str, *changes: tuple[str, str], version: str) -> None:
+        """Change a plugin's source, as the installation of another version of it would."""
+        source = self.directory / f"rmemd_{name}" / "__init__.py"
+        text = source.read_text()
+        for old, new in changes:
+            assert old in text, old
+            text = text.replace(old, new)
+        source.write_text(text)
+        # the byte code that is cached is told by seconds and size: an edit may have changed neither
+        self._edits += 1
+        later = source.stat().st_mtime + self._edits
+        os.utime(source, (later, later))
+        (info,) = self.directory.glob(f"rmemd_{name}-*.dist-info")
+        shutil.rmtree(info)
+        self.dist_info(f"rmemd-{name}", f"{name} = rmemd_{name}:{self._platforms[name]}", version)
+
+    def remove(self, name: str) -> None:
+        """Take a plugin away, as `pip uninstall` would."""
+        (info,) = self.directory.glob(f"rmemd_{name}-*.dist-info")
+        shutil.rmtree(info)
+        shutil.rmtree(self.directory / f"rmemd_{name}")
+
+    def from_template(self, name: str) -> Path:
+        """Copy plugins/template under another name, and do nothing to it but rename."""
+        package = self.directory / f"rmemd_{name}"
+        package.mkdir()
+        text = (ROOT / "plugins" / "template" / "rmemd_template" / "__init__.py").read_text()
+        for old in ("template", "Template", "TEMPLATE"):
+            new = name.upper() if old.isupper() else name.title() if old.istitle() else name
+            text = text.replace(old, new)
+        (package / "__init__.py").write_text(text)
+        self._platforms[name] = f"{name.title()}Platform"
+        self.dist_info(f"rmemd-{name}", f"{name} = rmemd_{name}:{name.title()}Platform")
+        return package / "__init__.py"
 
     def copy_in_tree(self, name: str) -> Path:
         """Copy a plugin of this repository, so that it comes before the installed one."""

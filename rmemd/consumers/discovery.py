@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, MetadataPathFinder, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +37,9 @@ def installed() -> list[EntryPoint]:
     """Return the entry points of all plugins that are installed by now, in order of name."""
     _read_new_paths()
     importlib.invalidate_caches()
+    # which does not reach the distributions before Python 3.12; an instance, since the method of
+    # 3.11 is not the class method that it looks like
+    MetadataPathFinder().invalidate_caches()
     return sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
 
 

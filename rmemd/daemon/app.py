@@ -31,6 +31,7 @@ from rmemd.rpc.dispatch import Front
 from rmemd.rpc.doors import UnixDoor
 from rmemd.rpc.jobs import Jobs
 from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
+from rmemd.session.server import SessionServer
 from rmemd.units import PAGE_SIZE
 
 DRAIN_SECONDS = 5.0
@@ -60,7 +61,7 @@ class Daemon:
         self._stop, self.wakeup_fd = os.pipe()
         os.set_blocking(self.wakeup_fd, False)
         self._ending = False
-        self.directory = SocketDir(settings.socket_dir)
+        self.directory = SocketDir(settings.socket_dir, shared=config.access.mode == "shared")
         guard = Guard(time.perf_counter, settings.hook_deadline_seconds, report=_report)
         options = Options(
             nframes=frames_for(settings.host_memory_bytes),
@@ -77,8 +78,9 @@ class Daemon:
         self.observers = Observers(config, self.engine, version("rmemd"))
         self._put_in_force(config)
         self.jobs = Jobs(self.engine)
+        self.sessions = SessionServer(self.engine, self.access, self.directory.session)
         self.services = make_services(
-            self.engine, self.access, version("rmemd"), lambda tenant: 0, self.jobs
+            self.engine, self.access, version("rmemd"), self.sessions.fds_passed, self.jobs
         )
         front = Front(self.engine, UnixDoor(self.access), self.observers.all)
         self.rpc = RpcServer(front, self.services, UNIX_OPTIONS, reflect=True)
@@ -97,7 +99,10 @@ class Daemon:
         """Bind, serve, announce."""
         self.observers.start()
         self.rpc.bind(f"unix:{self.directory.socket}")
+        self.sessions.bind()
+        self.directory.let_in()
         self.rpc.start()
+        self.sessions.start()
         tcp = self.tcp.start() if self.tcp is not None else ""
         log.info(
             "serving",
@@ -156,6 +161,7 @@ class Daemon:
         for door in doors:
             door.announce_end()
         self.engine.drain()
+        self.sessions.stop(DRAIN_SECONDS)
         self.jobs.close(DRAIN_SECONDS)
         self.rpc.stop(DRAIN_SECONDS)
         if self.tcp is not None:

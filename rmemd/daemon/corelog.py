@@ -14,6 +14,7 @@ we.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import fcntl
@@ -92,12 +93,15 @@ class CoreLog:
         self._thread = threading.Thread(target=self._drain, name="corelog", daemon=True)
         self._thread.start()
         self._open = True
+        # a daemon that fails to start says why on its way out
+        atexit.register(self.close)
 
     def close(self) -> None:
         """Put the real stderr back and pass on what is left; a second time does nothing."""
         if not self._open:
             return
         self._open = False
+        atexit.unregister(self.close)
         sys.stderr.flush()
         os.dup2(self._real, STDERR)
         os.close(self._tell)

@@ -1,7 +1,8 @@
 """Where the daemon listens, and how it says that it does.
 
-Owns the socket directory (private, locked, so that one daemon serves it), readiness by descriptor
-and by sd_notify. Bind first, then announce.
+Owns the socket directory (locked, so that one daemon serves it; private, or shared, which lets
+other users through to its sockets and to nothing else), readiness by descriptor and by sd_notify.
+Bind first, then announce.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import stat
 from pathlib import Path
 
 SOCKET_NAME = "rmemd.sock"
+SESSION_NAME = "session.sock"
 LOCK_NAME = "rmemd.lock"
+PRIVATE_MODES = (0o700, 0o600)
+# others pass through by name, and may neither list nor change it
+SHARED_MODES = (0o711, 0o666)
 
 
 class AlreadyServed(Exception):
@@ -36,7 +41,12 @@ def default_socket_dir() -> Path:
 
 
 class SocketDir:
-    """A directory of mode 0700 that this daemon alone serves.
+    """A directory that this daemon alone serves.
+
+    Args:
+        path: the directory; made if it is not there.
+        shared: whether others may connect. Then it has mode 0711 and its sockets 0666, otherwise
+            0700 and 0600.
 
     Raises:
         UnsafeDirectory: it is not ours alone.
@@ -44,14 +54,19 @@ class SocketDir:
         OSError: it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path.absolute()
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode, self.socket_mode = SHARED_MODES if shared else PRIVATE_MODES
+        made = _make(self.path)
         info = self.path.lstat()
         if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
             raise UnsafeDirectory(f"{self.path} is not a directory of uid {os.getuid()}")
-        if info.st_mode & 0o077:
-            raise UnsafeDirectory(f"{self.path} is open to others: chmod 700 {self.path}")
+        if made and shared:
+            self.path.chmod(mode)
+        elif info.st_mode & 0o777 & ~mode:
+            raise UnsafeDirectory(f"{self.path} is open to others: chmod {mode:o} {self.path}")
+        elif shared and info.st_mode & 0o777 != mode:
+            raise UnsafeDirectory(f"{self.path} is closed to others: chmod {mode:o} {self.path}")
         self._lock = os.open(self.path / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,17 +74,39 @@ class SocketDir:
             os.close(self._lock)
             raise AlreadyServed(f"another rmemd serves {self.path}") from error
         # a socket left by a daemon that was killed: nobody listens, we hold the lock
-        self.socket.unlink(missing_ok=True)
+        for left in (self.socket, self.session):
+            left.unlink(missing_ok=True)
 
     @property
     def socket(self) -> Path:
         """Return the path of the gRPC socket."""
         return self.path / SOCKET_NAME
 
+    @property
+    def session(self) -> Path:
+        """Return the path of the session socket."""
+        return self.path / SESSION_NAME
+
+    def let_in(self) -> None:
+        """Give the sockets, once bound, the mode by which others are let in or kept out."""
+        for bound in (self.socket, self.session):
+            bound.chmod(self.socket_mode)
+
     def close(self) -> None:
-        """Remove the socket and let the directory go."""
-        self.socket.unlink(missing_ok=True)
+        """Remove the sockets and let the directory go."""
+        for bound in (self.socket, self.session):
+            bound.unlink(missing_ok=True)
         os.close(self._lock)
+
+
+def _make(path: Path) -> bool:
+    """Make a private directory; return whether it was not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    return True
 
 
 def announce(ready_fd: int | None, path: Path) -> None:

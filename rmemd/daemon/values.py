@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+# everybody who comes over TCP without TLS (rpc.doors, without importing gRPC for it)
+LOOPBACK_TENANT = "insecure:loopback"
 DOMAIN = r"[a-z0-9._-]{1,255}"
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UID_MAX = (1 << 32) - 2
@@ -42,7 +44,9 @@ def size_text(size_bytes: int) -> str:
 
 
 def is_tenant(text: str) -> bool:
-    """Return whether a text names a tenant: "uid:N" or a SPIFFE id."""
+    """Return whether a text names a tenant: "uid:N", a SPIFFE id, or LOOPBACK_TENANT."""
+    if text == LOOPBACK_TENANT:
+        return True
     uid = re.fullmatch(r"uid:(0|[1-9][0-9]{0,9})", text, re.ASCII)
     if uid:
         return int(uid[1]) <= _UID_MAX

@@ -17,9 +17,11 @@ from rmemd.engine import (
     compact,
     convert,
     guestio,
+    hostmap,
     lifecycle,
     memory,
     physical,
+    pins,
     plugins,
     populate,
     queries,
@@ -231,7 +233,7 @@ class Engine:
 
     def close_file(self, file: int) -> int:
         """Close a file; return the pages freed. ALL."""
-        return self.core.run(lambda: memory.close(self.core, file))
+        return self.core.run(lambda: memory.close_file(self.core, file))
 
     def fallocate(self, file: int, mode: int, offset: int, length: int) -> int:
         """Allocate (PREFIX) or punch (ALL); return the pages that changed."""
@@ -255,7 +257,7 @@ class Engine:
     ) -> bytes:
         """Read through the host's mapping. ALL."""
         return self.core.run(
-            lambda: memory.read_shared(self.core, file, offset, length, session),
+            lambda: hostmap.read_shared(self.core, file, offset, length, session),
             cancelled=cancelled,
         )
 
@@ -269,7 +271,7 @@ class Engine:
     ) -> None:
         """Write through the host's mapping. ALL."""
         self.core.run(
-            lambda: memory.write_shared(self.core, file, offset, data, session),
+            lambda: hostmap.write_shared(self.core, file, offset, data, session),
             cancelled=cancelled,
         )
 
@@ -295,27 +297,25 @@ class Engine:
     ) -> int:
         """Pin pages as DMA does; return the handle. ALL."""
         return self.core.run(
-            lambda: memory.pin(self.core, file, offset, length, purpose, holder, owner),
+            lambda: pins.pin(self.core, file, offset, length, purpose, holder, owner),
             cancelled=cancelled,
         )
 
     def unpin(self, handle: int) -> None:
         """Let a pin go. ALL."""
-        self.core.run(lambda: memory.unpin(self.core, handle))
+        self.core.run(lambda: pins.unpin(self.core, handle))
 
     def get_pages(self, file: int, offset: int, length: int, owner: Owner) -> I64:
         """Take a plain reference on each page; return the frames. ALL."""
-        return self.core.run(lambda: memory.get_pages(self.core, file, offset, length, owner))
+        return self.core.run(lambda: pins.get_pages(self.core, file, offset, length, owner))
 
     def put_pages(self, pfns: I64, owner: Owner) -> int:
         """Drop references that get_pages took; return how many. ALL."""
-        return self.core.run(lambda: memory.put_pages(self.core, pfns, owner))
+        return self.core.run(lambda: pins.put_pages(self.core, pfns, owner))
 
     def shared_descriptor(self, file: int, session: int, read_only: bool) -> int:
         """Return a descriptor of a file's shared half, for its caller to pass on and close. ALL."""
-        return self.read(
-            lambda core: memory.shared_descriptor(core, file, session, read_only)
-        )[1]
+        return self.read(lambda core: hostmap.shared_descriptor(core, file, session, read_only))[1]
 
     # --- page fault handlers -----------------------------------------------------------------
     def register_userfault(self, file: int, pgoff: int, npages: int, session: int = 0) -> int:

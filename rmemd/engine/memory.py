@@ -1,4 +1,4 @@
-"""The store's own operations: create, fallocate, close; the host's view of shared pages.
+"""The store's own operations: create, fallocate, close, and the NUMA policy.
 
 Owns the checks that guest_memfd makes before it touches a page, in the kernel's order
 (restrictedmem.md §2), and the punch: start(all), free, end(all), with bindings stable in between.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
-from rmemd.engine import frames, userfault
+from rmemd.engine import frames
 from rmemd.engine.bracket import invalidating, views_of
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.errors import (
@@ -18,11 +16,6 @@ from rmemd.errors import (
     BAD_RANGE,
     BAD_REQUEST,
     FALLOCATE_MODE,
-    HOST_SIGBUS,
-    NO_SUCH_FILE,
-    NOT_GRANTED,
-    NOT_HELD,
-    NOT_MAPPABLE,
     NOT_PAGE_ALIGNED,
     OFFSET_TOO_BIG,
     UNKNOWN_FLAG,
@@ -36,8 +29,6 @@ from rmemd.model.files import (
     Policy,
     RestrictedFile,
 )
-from rmemd.model.ledger import Entry
-from rmemd.model.sessions import DEVICE, NOBODY, Owner, PagePin
 from rmemd.model.vms import Vm
 from rmemd.units import I64, LOFF_MAX, PAGE_SIZE, bytes_to_pages, is_page_aligned, pages
 
@@ -52,10 +43,6 @@ VFS_MODES = {
 MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
 # pages allocated, or punched of a shared half, in one transaction
 BATCH_PAGES = 1 << 16
-# the ledger's purpose of references that a session took
-GET = "get"
-# length of the names that a pin carries, which refusals quote
-HOLDER_MAX = 64
 
 
 def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[RestrictedFile]:
@@ -181,6 +168,20 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
     return int(present.size)
 
 
+def close_file(core: Core, number: int) -> Steps[int]:
+    """Close a restricted file as its owner does; the memory behind a slot goes with the slot.
+
+    Raises:
+        InvalidArgument: BAD_REQUEST; it is such memory.
+    """
+    if core.files.get(number).info.flags & FLAG_ANONYMOUS:
+        raise BAD_REQUEST(
+            f"file/{number} is the memory behind a slot: delete the slot", field="file",
+            state="behind a slot", rule="Linux: such memory is no file of the VM's",
+        )  # fmt: skip
+    return (yield from close(core, number))
+
+
 def close(core: Core, number: int) -> Steps[int]:
     """Drop the last reference: whole-file invalidation, slots lose the file, pages are freed."""
 
@@ -208,135 +209,7 @@ def close(core: Core, number: int) -> Steps[int]:
     return freed
 
 
-# --- the host's mapping ----------------------------------------------------------------------
-def read_shared(
-    core: Core, number: int, offset: int, length: int, session: int = 0
-) -> Steps[bytes]:
-    """Read through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
-
-    def one() -> Steps[bytes]:
-        yield from ()
-        require_granted(core, session, number, offset, length, write=False)
-        file = _touch(core, number, offset, length, write=False)
-        return core.shared_memory(file).read_bytes(offset, length)
-
-    return (yield from userfault.unit(core, one))
-
-
-def write_shared(
-    core: Core, number: int, offset: int, data: bytes, session: int = 0
-) -> Steps[None]:
-    """Write through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
-
-    def one() -> Steps[None]:
-        yield from ()
-        require_granted(core, session, number, offset, len(data), write=True)
-        file = _touch(core, number, offset, len(data), write=True)
-        core.shared_memory(file).write_bytes(offset, data)
-
-    yield from userfault.unit(core, one)
-
-
-def require_granted(
-    core: Core, session: int, number: int, offset: int, length: int, write: bool
-) -> None:
-    """Check, where pages are touched, that a device session was granted them.
-
-    Raises:
-        NotFound: NO_SUCH_SESSION, NO_SUCH_FILE; it has nothing of the file.
-        Denied: NOT_GRANTED.
-    """
-    if not session:
-        return
-    info = core.sessions.alive(session)
-    if info.role != DEVICE:
-        return
-    if not any(grant.file == number for grant in info.grants):
-        raise NO_SUCH_FILE(f"file/{number} does not exist", field="file")
-    first = offset // PAGE_SIZE
-    npages = max(-(-(offset + length) // PAGE_SIZE) - first, 0)
-    if not info.may_reach(number, first, npages, write):
-        raise NOT_GRANTED(
-            f"pgoff {first:#x}+{npages:#x} of file/{number} was not granted to {info.label}",
-            page=f"pgoff {first:#x}", rule="a device reaches what it was granted",
-        )  # fmt: skip
-
-
-def shared_descriptor(core: Core, number: int, session: int, read_only: bool) -> int:
-    """Return a descriptor of a file's shared half, to be passed on; the caller closes it.
-
-    What is done through it raises no event (DESIGN §4), so a device gets one of a file only if it
-    was granted all of it.
-
-    Raises:
-        NotFound: NO_SUCH_FILE, NO_SUCH_SESSION.
-        Denied: NOT_GRANTED.
-        Unsupported: NOT_MAPPABLE.
-        OSError: the daemon has no descriptor left.
-    """
-    file = core.files.get(number)
-    size_bytes = file.info.size_pages * PAGE_SIZE
-    require_granted(core, session, number, 0, size_bytes, write=not read_only)
-    _require_mappable(file)
-    return core.shared_memory(file).reopen(read_only)
-
-
-def _require_mappable(file: RestrictedFile) -> None:
-    if file.info.in_place and not file.info.mappable and not file.info.flags & FLAG_ANONYMOUS:
-        raise NOT_MAPPABLE(
-            f"file/{file.info.file} was created without MMAP", field="file",
-            rule="restrictedmem.md §2: mmap",
-        )  # fmt: skip
-
-
-def _touch(core: Core, number: int, offset: int, length: int, write: bool) -> RestrictedFile:
-    file = core.files.get(number)
-    if offset < 0 or length <= 0:
-        raise BAD_RANGE(f"{offset}+{length} is no range of bytes", field="offset_bytes")
-    start = offset // PAGE_SIZE
-    npages = -(-(offset + length) // PAGE_SIZE) - start
-    _require_mappable(file)
-    if start + npages > file.info.size_pages:
-        raise HOST_SIGBUS(
-            f"pgoff {file.info.size_pages:#x} is past file/{number}", field="offset_bytes",
-            page=f"pgoff {max(start, file.info.size_pages):#x}", state="past the file",
-            rule="restrictedmem.md §2: host fault",
-        )  # fmt: skip
-    core.require_idle("file", number, start, npages)
-    wanted = pages(start, npages)
-    if file.info.in_place:
-        private = _private_pages(file, wanted)
-        if private.size:
-            raise HOST_SIGBUS(
-                f"pgoff {int(private[0]):#x} of file/{number} is private",
-                page=f"pgoff {int(private[0]):#x}", state="private",
-                rule="restrictedmem.md §2: host fault",
-            )  # fmt: skip
-    table = file.half(private=False)
-    present = table.get(wanted)
-    poisoned = core.host.poisoned(present[present > 0] - 1)
-    if poisoned.any():
-        at = np.flatnonzero(present > 0)[poisoned]
-        frames.refuse_poisoned(file, wanted[at], present[at] - 1)
-    holes = wanted[present == 0]
-    if holes.size:
-        userfault.require_present(
-            core, file, holes, private=False, write=write,
-            unchanged=lambda: not file.info.in_place or not _private_pages(file, wanted).size,
-        )  # fmt: skip
-        with core.tx("host fault") as tx:
-            pfns = frames.allocate(core, tx, file, holes, private=False)
-            settle(core, tx, file, holes, pfns)
-    return file
-
-
-def _private_pages(file: RestrictedFile, wanted: I64) -> I64:
-    """Return those pages that are private by the file's own attributes."""
-    private: I64 = wanted[file.attributes.get(wanted) == PRIVATE]
-    return private
-
-
-# --- policy and pins -------------------------------------------------------------------------
+# --- policy -------------------------------------------------------------------------
 def set_policy(
     core: Core, number: int, offset: int, length: int, policy: int, nodes: tuple[int, ...]
 ) -> Steps[None]:
@@ -369,125 +242,6 @@ def get_policy(core: Core, number: int, offset: int) -> Policy:
     start, _ = byte_range(file, offset, PAGE_SIZE)
     policy: Policy = file.policies.get(file.policy.at(start), Policy(MPOL_DEFAULT, ()))
     return policy
-
-
-def pin(
-    core: Core,
-    number: int,
-    offset: int,
-    length: int,
-    purpose: str,
-    holder: str,
-    owner: Owner = NOBODY,
-) -> Steps[int]:
-    """Hold present pages (shared if they are shared) as DMA does; return the pin's handle.
-
-    A pin of a session is named after it and goes with it; of others ``holder`` is the name.
-    """  # fmt: skip
-    start, npages = byte_range(core.files.get(number), offset, length)
-    for field, value in (("purpose", purpose), ("holder", holder)):
-        fits = 0 < len(value) <= HOLDER_MAX and value.isprintable()
-        if not fits or ("/" in value and field == "purpose"):
-            raise BAD_REQUEST(
-                f"{field} must be printable text of at most {HOLDER_MAX} characters", field=field
-            )
-
-    def one() -> Steps[int]:
-        yield from ()
-        require_granted(core, owner.session, number, offset, length, write=True)
-        core.quotas.charge_pins(core, owner.tenant, npages)
-        file = _touch(core, number, offset, length, write=True)
-        with core.tx("pin") as tx:
-            found = file.half(private=False).get(pages(start, npages))
-            handle = tx.next_id("pin")
-            who = f"session {owner.session}" if owner.session else holder
-            held = PagePin(handle, number, start, npages, purpose, f"{who} pin {handle}", owner)
-            core.sessions.add_pin(tx, held)
-            entry = Entry(held.holder, purpose, longterm=True)
-            core.ledger.hold(tx, entry, np.asarray(found, dtype=np.int64) - 1)
-            tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
-            return handle
-
-    return (yield from userfault.unit(core, one))
-
-
-def unpin(core: Core, handle: int) -> Steps[None]:
-    """Let a pin go."""
-
-    def one() -> Steps[None]:
-        yield from ()
-        held = core.sessions.pin(handle)
-        with core.tx("unpin") as tx:
-            frames.free_orphans(core, tx, release_pin(core, tx, held))
-
-    yield from core.unit(one)
-
-
-def release_pin(core: Core, tx: Tx, held: PagePin) -> I64:
-    """Take a pin out of the ledger; return the frames it held."""
-    core.sessions.drop_pin(tx, held.pin)
-    tx.emit("unpinned", pin=held.pin, file=held.file, tenant=held.owner.tenant)
-    return core.ledger.forget(tx, held.holder)
-
-
-def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -> Steps[I64]:
-    """Take a plain reference on each page, private ones too, as a consumer elsewhere would. ALL.
-
-    Pages that are holes are allocated, as restrictedmem_get_page() does.
-
-    Returns:
-        Their frames, int64, one per page.
-
-    Raises:
-        Poisoned: HW_POISON.
-        Exhausted: NO_FRAMES, QUOTA.
-    """
-    start, npages = byte_range(core.files.get(number), offset, length)
-
-    def one() -> Steps[I64]:
-        yield from ()
-        info = core.sessions.alive(owner.session)
-        core.require_idle("file", number, start, npages)
-        core.quotas.charge_pins(core, owner.tenant, npages)
-        file = core.files.get(number)
-        wanted = pages(start, npages)
-        holes = file.frames.get(wanted) == 0
-        with core.tx("get pages") as tx:
-            pfns = frames.find(core, tx, file, wanted, private=True)
-            settle(core, tx, file, wanted[holes], pfns[holes])
-            core.ledger.hold(tx, Entry(info.label, GET, longterm=False), pfns)
-            return pfns
-
-    return (yield from core.unit(one))
-
-
-def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
-    """Drop a reference that get_pages took, on each of these distinct frames. ALL.
-
-    Frames are named, not pages: what was got may have been punched out of its file since.
-
-    Raises:
-        Refused: NOT_HELD; the session has no reference on one of them.
-    """
-
-    def one() -> Steps[int]:
-        yield from ()
-        info = core.sessions.alive(owner.session)
-        entry = Entry(info.label, GET, longterm=False)
-        inside = (pfns >= 0) & (pfns < core.host.nframes)
-        held = np.zeros(pfns.size, dtype=np.bool_)
-        held[inside] = core.ledger.held(entry, pfns[inside])
-        if not held.all() or np.unique(pfns).size != pfns.size:
-            at = int(np.argmin(held))
-            raise NOT_HELD(
-                f"{info.label} has no reference on pfn {int(pfns[at]):#x} to drop",
-                page=f"pfn {int(pfns[at]):#x}", rule="put_page() after get_page(), once each",
-            )  # fmt: skip
-        with core.tx("put pages") as tx:
-            frames.drop(core, tx, entry, pfns)
-        return int(pfns.size)
-
-    return (yield from core.unit(one))
 
 
 def byte_range(file: RestrictedFile, offset: int, length: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from rmemd.engine import frames, lifecycle, memory, userfaultops
+from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.engine.listeners import Ended, Revoked
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, FOLIO_BUSY, NO_SUCH_FILE, NO_SUCH_VM
@@ -164,6 +164,8 @@ def close_session(core: Core, number: int) -> Steps[Closed]:
         core.leaving.discard(vm)
     for file in [file.info for file in core.files.all() if file.info.owner.session in numbers]:
         yield from memory.close(core, file.file)
+    # before anybody is told: who hears of the end finds the frames free
+    yield from core.scrub()
     with core.tx("close session") as tx:
         for info in doomed:
             core.sessions.end(tx, info.session)
@@ -190,6 +192,6 @@ def _let_go(core: Core, info: SessionInfo) -> Steps[int]:
         userfaultops.release(core, tx, info.session)
         held = [core.ledger.forget(tx, info.label)]
         for pin in core.sessions.pins_of(info.session):
-            held.append(memory.release_pin(core, tx, pin))
+            held.append(pins.release_pin(core, tx, pin))
         frames.free_orphans(core, tx, np.unique(np.concatenate(held)))
     return int(sum(pfns.size for pfns in held))

@@ -74,9 +74,7 @@ class Successor:
     swapped: Swapped
 
 
-def swap_consumer(
-    core: Core, number: int, name: str, config: Mapping[str, str]
-) -> Steps[Swapped]:
+def swap_consumer(core: Core, number: int, name: str, config: Mapping[str, str]) -> Steps[Swapped]:
     """Replace a VM's consumer by one called ``name`` ("": its own, made anew). ALL.
 
     Raises:

@@ -106,7 +106,7 @@ def _wait(core: Core, fault: Missing) -> Steps[None]:
             waiting = Step("userfault", wait=True, on=_on(core, fault), interruptible=True)
             if not (core.draining or fault.vm in core.leaving):
                 yield waiting
-                if not waiting.cancelled:
+                if not waiting.cancelled or not fault.pgoffs.size:
                     continue
             raise _interrupted(fault)
     finally:

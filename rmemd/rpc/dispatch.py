@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -46,6 +47,8 @@ from rmemd.rpc.status import shorten, to_status
 BULK_BYTES = (1 << 20) + (1 << 16)
 SMALL_BYTES = 1 << 16
 STREAMS_MAX = 16
+# by this metadata of a stream one tells a daemon from the one that was started after it
+DAEMON = "rmem-daemon"
 # a call that could go on for ever ends so long before its client gives up
 DEADLINE_MARGIN_SECONDS = 0.1
 BULK_METHODS = frozenset(
@@ -64,6 +67,7 @@ class Front:
     door: Door
     observers: Sequence[Observer] = ()
     replies: Replies = field(default_factory=Replies)
+    life: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Call:
@@ -143,6 +147,8 @@ def _handler(
     def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
         with _Answering(front, name, context) as answering:
             call = answering.call()
+            # a revision means nothing to another daemon than the one that told it
+            context.send_initial_metadata(((DAEMON, front.life),))
             request = _parse(request_class, data, limit)
             admit(front.engine.core, call.caller, name, request)
             with _streams.of(call.caller.tenant, front.engine.core.quotas):

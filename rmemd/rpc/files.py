@@ -70,7 +70,10 @@ class FileService:
                 field="length_bytes",
             )
         data = self._engine.read_shared(
-            request.file, request.offset_bytes, request.length_bytes, call.caller.session,
+            request.file,
+            request.offset_bytes,
+            request.length_bytes,
+            call.caller.session,
             call.cancelled,
         )
         return pb.ReadSharedResponse(revision=self._engine.revision, data=data)

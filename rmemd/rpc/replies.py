@@ -47,7 +47,7 @@ def mutates(method: str) -> bool:
     return not method.startswith(READS)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Answer:
     """How a call ended: with a reply's bytes, or with a refusal's status."""
 
@@ -70,7 +70,7 @@ class Refused(Exception):
         self.status = status
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Entry:
     """One id: what was asked, and what was answered or who waits for that."""
 
@@ -78,7 +78,7 @@ class _Entry:
     ended: bool = False
     ended_at: float = 0.0
     answer: Answer | None = None
-    waiting: list[threading.Event] = field(default_factory=list)
+    waiting: list[threading.Event] | None = None
 
 
 _Number = tuple[int, str]
@@ -178,7 +178,7 @@ class Replies:
         with self._lock:
             if entry.ended:
                 return
-            waiting, entry.waiting = entry.waiting, []
+            waiting, entry.waiting = entry.waiting or (), None
             entry.ended, entry.ended_at = True, self._clock()
             if answer is None:
                 self._forget(tenant, number)
@@ -217,14 +217,13 @@ class Replies:
         with self._lock:
             if entry.ended:
                 return
-            entry.waiting.append(event)
+            entry.waiting = [*(entry.waiting or ()), event]
         if not context.add_callback(event.set):  # it is over already
             event.set()
         event.wait()
         if not context.is_active():
             with self._lock:
-                if event in entry.waiting:
-                    entry.waiting.remove(event)
+                entry.waiting = [other for other in entry.waiting or () if other is not event]
             raise INTERRUPTED("the caller went away while its call was carried out")
 
     # --- the bounds, all under the lock -------------------------------------------------------

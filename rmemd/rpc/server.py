@@ -65,6 +65,8 @@ TCP_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 10000),
     ("grpc.keepalive_timeout_ms", 5000),
     ("grpc.http2.ping_timeout_ms", 5000),
+    # clients ping every ten seconds, for the same reason; by default that gets them thrown out
+    ("grpc.http2.min_ping_interval_without_data_ms", 5000),
 )
 Service = tuple[ServiceDescriptor, object]
 

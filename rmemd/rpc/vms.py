@@ -103,9 +103,7 @@ class VmService:
             reply.steps.add(step=step, references=references, pins=pins)
         return reply
 
-    def SwapConsumer(
-        self, request: pb.SwapConsumerRequest, call: Call
-    ) -> pb.SwapConsumerResponse:
+    def SwapConsumer(self, request: pb.SwapConsumerRequest, call: Call) -> pb.SwapConsumerResponse:
         swapped = self._engine.swap_consumer(request.vm, request.consumer, dict(request.config))
         return swap_message(swapped, self._engine.revision)
 

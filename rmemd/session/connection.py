@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 
 from rmemd.engine.listeners import Ended, News
@@ -35,6 +36,7 @@ class Connection:
         peer: the process at the other end.
         number: its session, 0 before there is one.
         why: how it ends, "" while it does not.
+        ended_at: when that was noticed, seconds of the monotonic clock.
         blocked_since: when its notices began to wait for it to read, None if they do not.
     """
 
@@ -48,6 +50,7 @@ class Connection:
         self.peer = peer
         self.number = 0
         self.why = ""
+        self.ended_at = 0.0
         self.blocked_since: float | None = None
         self._lock = threading.Lock()
         self._outbox: deque[bytes] = deque()
@@ -79,6 +82,7 @@ class Connection:
             if self.why:
                 return False
             self.why = why
+            self.ended_at = time.monotonic()
             return True
 
     def shut(self) -> None:

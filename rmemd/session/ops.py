@@ -31,7 +31,7 @@ from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
 ECANCELED = 125
 CANCELLED_CODE = 1
 MESSAGE_MAX = 512
-RULES = {op: f"Session/{op.name}" for op in Op}
+RULES: dict[int, str] = {op: f"Session/{op.name}" for op in Op}
 _CODES = {
     "INVALID_ARGUMENT": 3, "NOT_FOUND": 5, "ALREADY_EXISTS": 6, "PERMISSION_DENIED": 7,
     "RESOURCE_EXHAUSTED": 8, "FAILED_PRECONDITION": 9, "ABORTED": 10, "OUT_OF_RANGE": 11,
@@ -110,7 +110,7 @@ class Operations:
         for at, name in UNUSED[record.op]:
             if record[at]:
                 raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
-        admit(self._engine.core, self._caller, RULES[Op(record.op)], record)
+        admit(self._engine.core, self._caller, RULES[record.op], record)
         if not use.payload:
             return b""
         end = record.payload_offset + record.payload_length

@@ -53,8 +53,8 @@ class SessionServer:
     Args:
         engine: the engine.
         access: tokens, tickets and leases.
-        path: where the socket is bound; the caller has seen to it that nothing is there.
-        mode: of the socket; others may connect only to one of 0o666.
+        path: where the socket is bound; the caller has seen to it that nothing is there, and
+            gives it the mode by which others may connect.
         clock: seconds, for leases and slow readers; that of ``access``.
     """
 
@@ -63,13 +63,11 @@ class SessionServer:
         engine: Engine,
         access: Access,
         path: Path,
-        mode: int = 0o600,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._access = access
         self._path = path
-        self._mode = mode
         self._clock = clock
         self._passed = Passed(engine.core.quotas)
         self._lock = threading.Lock()
@@ -98,7 +96,6 @@ class SessionServer:
         self._epoll = select.epoll()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(self._path))
-        self._path.chmod(self._mode)
         self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self._epoll.register(self._listener, select.EPOLLIN)
@@ -359,7 +356,7 @@ class SessionServer:
         number = connection.number
         if number:
             self._unlisten(number)
-            self._close_session(number, connection.why, pid=connection.peer.pid)
+            self._close_session(number, connection.why, connection.ended_at)
             self._passed.forget(number)
         self._leave(connection)
 
@@ -370,10 +367,11 @@ class SessionServer:
             self._spawn("reap", self._close_lease, session)
 
     def _close_lease(self, session: int) -> None:
-        self._close_session(session, LEASE)
+        self._close_session(session, LEASE, time.monotonic())
         self._reaped.discard(session)
 
-    def _close_session(self, number: int, why: str, **facts: object) -> None:
+    def _close_session(self, number: int, why: str, since: float) -> None:
+        """Close a session in the engine, unless it went with somebody else or the daemon goes."""
         closed = Closed((), 0, ())
         if why != STOP:
             try:
@@ -385,7 +383,8 @@ class SessionServer:
                 log.error("release_failed", session=number, exc_info=error)
         log.info(
             "session_closed", session=number, why=why, released_pages=closed.released_pages,
-            vms=list(closed.vms), sessions=list(closed.sessions), **facts,
+            vms=list(closed.vms), sessions=list(closed.sessions),
+            ms=round((time.monotonic() - since) * 1e3, 3),
         )  # fmt: skip
 
     def _leave(self, connection: Connection) -> None:

@@ -90,6 +90,23 @@ class HookBench:
         """Destroy the VM's consumer."""
         self.run(vm, self.platform.destroy_consumer, self._consumers[vm][0])
 
+    def swap(self, vm: int, variant: str, config: Mapping[str, str] | None = None) -> None:
+        """Have another consumer take over the VM: export, fresh tables, import."""
+        export_state = self.ops(vm).export_state
+        assert export_state is not None, "the op is NULL"
+        state = export_state()
+        with self._tx(f"swap vm/{vm}") as tx:
+            for name in [n for n in self.space.tables if n.startswith(f"vm/{vm}/{self.name}/")]:
+                tx.destroy(name)
+            consumer = self.platform.make_consumer(
+                VmContext(vm, self.name, tx, importing=True), self._hook_tx(tx, vm), variant,
+                config or {},
+            )  # fmt: skip
+            ops = compile_consumer(consumer, f"{variant}(vm/{vm})")
+            assert ops.import_state is not None, "the op is NULL"
+            ops.import_state(self._hook_tx(tx, vm), state)
+        self._consumers[vm] = (consumer, ops)
+
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Assert that the block leaves the whole state equal to before."""

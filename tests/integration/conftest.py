@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from daemons import Daemon
+from session_clients import Clients
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -39,3 +40,11 @@ def daemons(tmp_path: Path) -> Iterator[MakeDaemon]:
 def daemon(daemons: MakeDaemon) -> Daemon:
     """A daemon with 64 MiB of mock host memory."""
     return daemons()
+
+
+@pytest.fixture(scope="session")
+def clients() -> Iterator[Clients]:
+    """Start client processes of the session socket."""
+    made = Clients()
+    yield made
+    made.close()

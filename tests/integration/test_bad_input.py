@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
-from daemons import METHODS, PATIENCE_SECONDS, Answer, Daemon, Rpc, eventually
+from daemons import DEBUGGABLE, METHODS, PATIENCE_SECONDS, Answer, Daemon, Rpc, eventually
 from google.protobuf.message import Message
 from rpc_world import GUEST_MEMFD, PAGE, PRIVATE, World, whole_state
 
@@ -502,7 +502,8 @@ def _is_idle(client: Any, vm: int) -> bool:
 
 
 @pytest.mark.parametrize("how", ["killed", "closed", "deadline"])
-def test_a_client_that_goes_away_mid_call(daemon: Daemon, how: str) -> None:
+def test_a_client_that_goes_away_mid_call(daemons: Callable[..., Daemon], how: str) -> None:
+    daemon = daemons(*DEBUGGABLE)
     client, vm = _looping(daemon)
     other, other_vm = _looping(daemon)
     baseline = len(daemon.fds())
@@ -570,8 +571,9 @@ def test_running_guests_do_not_starve_the_others(daemon: Daemon, guests: int) ->
     assert took < 2, f"{took:.1f} s"
 
 
-def test_a_client_that_watches_and_reads_nothing(daemon: Daemon) -> None:
+def test_a_client_that_watches_and_reads_nothing(daemons: Callable[..., Daemon]) -> None:
     """Sixteen streams are open at most; calls go on, and a stream that ends makes room."""
+    daemon = daemons("--set", "limits.watches=-1")
     stalled = daemon.rpc()
     streams = [stalled.channel.unary_stream("/rmem.v1.WatchService/Watch")(b"") for _ in range(16)]
     for stream in streams:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from daemons import Daemon
+from daemons import DEBUGGABLE, Daemon
 from numpy.typing import NDArray
 
 from rmem.v1 import types_pb2, vcpu_pb2
@@ -152,7 +152,7 @@ def physical(
 
 @pytest.mark.timeout(180)
 def test_the_pattern_is_found_nowhere(daemons: Callable[..., Daemon]) -> None:
-    daemon = daemons("--host-memory", "512M", "--log-level", "debug")
+    daemon = daemons("--host-memory", "512M", "--log-level", "debug", *DEBUGGABLE)
     client = daemon.client(deadline_s=120)
     begun = client.host.get().revision
     guests = [launch(client, "tdx-relocate", 11), launch(client, "snp-move", 22)]

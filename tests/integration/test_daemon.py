@@ -258,7 +258,9 @@ def test_reflection_lists_every_service_and_method(daemon: Daemon) -> None:
 
 def test_every_reply_has_a_revision_field() -> None:
     for name, method in METHODS.items():
-        if not method.server_streaming:
+        # the standard's own messages (google.longrunning) are what they are
+        ours = method.output_type.file.package == "rmem.v1"
+        if ours and not method.server_streaming:
             field = method.output_type.fields_by_name["revision"]
             assert (field.number, field.type) == (1, field.TYPE_INT64), name
 

@@ -15,6 +15,8 @@ from guests import make_engine as engine_with_plugins
 from handlers import Handler, calls, result
 from helpers import Guest, MakeEngine, halted, make_guest, refusal, write
 
+from rmemd.engine import guestio
+from rmemd.engine.core import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check as violations
 from rmemd.engine.programme import Opcode, Pattern
@@ -28,6 +30,7 @@ from rmemd.errors import (
     NO_MEMSLOT,
     NO_SUCH_VCPU,
     NOT_FINALIZED,
+    PLUGIN_NONSENSE,
     READONLY_SLOT,
     VCPU_BUSY,
     VM_DEAD,
@@ -56,6 +59,7 @@ def test_bytes_come_back_for_every_consumer(consumer: str) -> None:
         at = guest.gpa(page) + 100
         engine.write_guest(guest.vm, 0, at, data, private)
         assert engine.read_guest(guest.vm, 0, at, len(data), private) == data
+        assert not engine.core.vms.get(guest.vm).vcpu(0).inside
         # what is around it is untouched
         edge = engine.read_guest(guest.vm, 0, at - 1, 1, private)
         engine.write_guest(guest.vm, 0, at, data[:1], private)
@@ -141,6 +145,21 @@ def test_a_page_that_was_not_accepted_is_an_exception(consumer: str, vector: str
     engine.close()
 
 
+def test_an_exception_that_never_ends_is_the_plugins_fault(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that always succeeds on a page that is never accepted: the call comes back."""
+
+    def handled(*_: Any) -> Steps[None]:
+        yield from ()
+
+    monkeypatch.setattr(guestio, "take_exception", handled)
+    guest = AnyGuest(engine, "tdx-today")
+    read = (engine.read_guest, guest.vm, 0, guest.gpa(2), 8, True)
+    caught = refusal(*read, reason=PLUGIN_NONSENSE, errno=EIO)
+    assert "#VE again and again" in caught.message
+
+
 def test_a_vm_that_is_lost_says_so(engine: Engine) -> None:
     """A TD that reads tampered memory is gone: what KVM_RUN says with EIO, and ever after."""
     guest = AnyGuest(engine, "tdx-today")
@@ -173,7 +192,7 @@ def test_a_vcpu_does_one_thing_at_a_time(engine: Engine) -> None:
     handler = Handler(engine)
     handler.register(guest.file, 0, 4)
     busy = {"reason": VCPU_BUSY, "errno": EBUSY}
-    with calls() as call:
+    with calls(engine) as call:
         running = call(guest.run, write(guest.gpa, 8, 1))
         handler.one()
         refusal(engine.read_guest, guest.vm, 0, guest.gpa, 8, True, **busy)

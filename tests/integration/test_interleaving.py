@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from guests import Guest
 
-from rmemd.engine import compact, memory
+from rmemd.engine import compact, memory, pins
 from rmemd.engine.core import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
@@ -23,8 +23,8 @@ def _others(engine: Engine, guest: Guest) -> dict[str, Callable[[], Steps[Any]]]
     handle = engine.pin(guest.file, 0, PAGE_SIZE, "DMA", "device/1")
     core.run(lambda: compact.offline(core, 300, 4, Report()))
     return {
-        "pin": lambda: memory.pin(core, guest.file, 5 * PAGE_SIZE, PAGE_SIZE, "DMA", "device/2"),
-        "unpin": lambda: memory.unpin(core, handle),
+        "pin": lambda: pins.pin(core, guest.file, 5 * PAGE_SIZE, PAGE_SIZE, "DMA", "device/2"),
+        "unpin": lambda: pins.unpin(core, handle),
         "online": lambda: compact.online(core, 300, 4),
         "allocate": lambda: guest_allocation(core, guest),
         "close": lambda: memory.close(core, guest.file),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemons import Daemon
+from daemons import DEBUGGABLE, Daemon
 
 from rmem.v1 import vcpu_pb2
 from rmem_client import vcpus
@@ -33,7 +33,7 @@ def peak(daemon: Daemon) -> int:
 def test_a_1_tib_guest_on_a_16_gib_host(
     daemons: Callable[..., Daemon], capsys: pytest.CaptureFixture[str], consumer: str
 ) -> None:
-    daemon = daemons("--host-memory", "16G")
+    daemon = daemons("--host-memory", "16G", *DEBUGGABLE)
     client = daemon.client()
     forget_peak(daemon)
     before = client.host.get()

@@ -94,9 +94,7 @@ def relatives() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("one", "other"), relatives())
-def test_the_guest_goes_on_with_its_bytes_and_its_ids(
-    engine: Engine, one: str, other: str
-) -> None:
+def test_the_guest_goes_on_with_its_bytes_and_its_ids(engine: Engine, one: str, other: str) -> None:
     guest = launched(engine, one)
     core = engine.core
     key = core.host.vm_keys[guest.vm]
@@ -460,6 +458,25 @@ def test_a_fault_that_looked_up_before_asks_the_new_consumer(engine: Engine) -> 
         assert (holder.purpose, holder.count) == ("secure EPT", 1)
 
 
+@pytest.mark.parametrize("consumer", ["tdx-today", "snp-move", "pkvm-gmem"])
+def test_vcpus_are_out_while_the_consumer_changes(engine: Engine, consumer: str) -> None:
+    guest = launched(engine, consumer)
+    core = engine.core
+    seen: list[tuple[bool, bool]] = []
+
+    def hold(step: str) -> None:
+        if step == "guest" and not seen:
+            before = core.vms.get(guest.vm).vcpu(0).inside
+            engine.swap_consumer(guest.vm)
+            seen.append((before, core.vms.get(guest.vm).vcpu(0).inside))
+
+    core.hold = hold
+    assert guest.holds(0, 8, seed=5)
+    core.hold = None
+    assert seen == [(True, False)]
+    assert check(core) == []
+
+
 def test_a_guest_runs_on_through_a_hundred_swaps(capsys: pytest.CaptureFixture[str]) -> None:
     """The guest checks its own bytes all the time; none of them is lost."""
     engine = make_engine()
@@ -489,6 +506,7 @@ def test_a_guest_runs_on_through_a_hundred_swaps(capsys: pytest.CaptureFixture[s
     assert check(engine.core) == []
     assert all(pause > 0 for pause in pauses)
     with capsys.disabled():
-        print(f"\n100 swaps: the guest stood still for {statistics.median(pauses):.0f} µs at the "
-              f"median, {max(pauses)} µs at most; it checked {exited.vcpu.checked} pages")  # fmt: skip
+        median, checked = statistics.median(pauses), exited.vcpu.checked
+        print(f"\n100 swaps: a pause of {median:.0f} µs at the median, {max(pauses)} µs at most; "
+              f"{checked} pages checked by the guest meanwhile")  # fmt: skip
     engine.close()

@@ -82,7 +82,7 @@ def _shared(guest: Guest, handler: Handler, n: int = 1) -> tuple[Any, int]:
 def test_a_vcpu_waits_and_reads_what_the_handler_copies(guest: Guest, handler: Handler) -> None:
     """handle_userfault: told once, the thread sleeps; UFFDIO_COPY fills the page and wakes it."""
     run, pgoff = _shared(guest, handler)
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(run)
         told = handler.one()
         assert violations(guest.engine.core) == []
@@ -104,7 +104,7 @@ def test_a_vcpu_waits_and_reads_what_the_handler_copies(guest: Guest, handler: H
 
 def test_a_private_fault_is_continued_on_an_empty_page(guest: Guest, handler: Handler) -> None:
     """UFFDIO_CONTINUE: the page is in the file, and the fault goes on; it is the guest's."""
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 3), 2 * PAGE_SIZE, 9))
         told = handler.one()
         done = guest.engine.userfault_continue(guest.file, 3, 2, True, handler.session)
@@ -116,7 +116,7 @@ def test_a_private_fault_is_continued_on_an_empty_page(guest: Guest, handler: Ha
 
 def test_zeropage_gives_zeros(guest: Guest, handler: Handler) -> None:
     """UFFDIO_ZEROPAGE."""
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, check(_at(guest, SHARED), PAGE_SIZE, 0, private=False))
         handler.one()
         assert guest.engine.userfault_zeropage(guest.file, SHARED, 1, handler.session) == 1
@@ -128,7 +128,7 @@ def test_a_shared_fault_is_continued_on_what_the_handler_wrote(
 ) -> None:
     """UFFD minor mode: bytes come through the handler's own mapping, and CONTINUE maps them."""
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, check(_at(guest, SHARED), PAGE_SIZE, 0x5A, private=False))
         handler.one()
         shared = engine.core.shared_memory(file_of(engine, guest.file))
@@ -146,7 +146,7 @@ def test_two_vcpus_on_one_page_are_told_once_and_both_go_on(guest: Guest, handle
     engine = guest.engine
     engine.create_vcpu(guest.vm, 1)
     engine.set_programme(guest.vm, 1, (touch(_at(guest, SHARED), 8, private=False),))
-    with calls() as call:
+    with calls(guest.engine) as call:
         first = call(guest.run, touch(_at(guest, SHARED), 8, private=False))
         handler.one()
         second = call(engine.run_vcpu, guest.vm, 1)
@@ -169,7 +169,7 @@ def test_a_guest_gets_as_far_as_it_can_before_it_waits(guest: Guest, handler: Ha
     """KVM faults page by page: what lies before the hole is done when the handler hears of it."""
     engine = guest.engine
     engine.userfault_zeropage(guest.file, SHARED, 2, handler.session)
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, SHARED), 4 * PAGE_SIZE, 3, private=False))
         told = handler.one()
         assert (told.pgoff, told.npages) == (SHARED + 2, 2)
@@ -184,7 +184,7 @@ def test_a_large_copy_moves_without_the_lock(guest: Guest, handler: Handler) -> 
     steps = []
     engine.core.hold = steps.append
     data = bytes(range(256)) * (16 * PAGE_SIZE // 256)
-    with calls() as call:
+    with calls(guest.engine) as call:
         reading = call(guest.host_read, SHARED * PAGE_SIZE, len(data))
         assert handler.one().npages == 16
         assert engine.userfault_copy(guest.file, SHARED, data, handler.session) == 16
@@ -195,7 +195,7 @@ def test_a_large_copy_moves_without_the_lock(guest: Guest, handler: Handler) -> 
 
 def test_whoever_brings_the_page_ends_the_wait(guest: Guest, handler: Handler) -> None:
     """fallocate does not fault, and is not told; a page that is there is waited for by nobody."""
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, touch(_at(guest, 0), 8))
         handler.one()
         assert guest.engine.fallocate(guest.file, 1, 0, PAGE_SIZE) == 1
@@ -212,7 +212,7 @@ def test_the_hosts_own_touch_waits_too(guest: Guest, handler: Handler, how: str)
         "pin": lambda: engine.pin(guest.file, offset, PAGE_SIZE, "DMA", "device/1"),
         "pre_fault": lambda: engine.pre_fault(guest.vm, _at(guest, SHARED), PAGE_SIZE).done_pages,
     }[how]
-    with calls() as call:
+    with calls(guest.engine) as call:
         waiting: Future[Any] = call(act)
         told = handler.one()
         assert told.write == (how in ("write", "pin"))
@@ -255,7 +255,7 @@ def test_in_place_one_frame_serves_either_state(make_engine: MakeEngine) -> None
     engine.convert_file(guest.file, 2 * PAGE_SIZE, 2 * PAGE_SIZE, 8)
     handler = Handler(engine)
     handler.register(guest.file, 0, 4)
-    with calls() as call:
+    with calls(engine) as call:
         running = call(guest.run, check(guest.gpa, PAGE_SIZE, 0x5A, private=False))
         assert not handler.one().private
         with pytest.raises(RmemError) as caught:
@@ -360,11 +360,16 @@ def test_a_copy_that_the_system_refuses_leaves_holes(
 # --- the handler goes ----------------------------------------------------------------------------
 def test_when_the_handler_dies_the_fault_goes_on(guest: Guest, handler: Handler) -> None:
     """userfaultfd_release: ranges are unregistered, waiters woken, and they get a zero page."""
-    with calls() as call:
+    guest.engine.userfault_continue(guest.file, 0, 1, True, handler.session)
+    # a removal that the handler does not live to read
+    guest.engine.fallocate(guest.file, 3, 0, PAGE_SIZE)
+    assert guest.engine.core.pending_faults._removed
+    with calls(guest.engine) as call:
         running = call(guest.run, check(_at(guest, SHARED), PAGE_SIZE, 0, private=False))
-        handler.one()
+        _until_waiting(guest.engine, 1)
         with guest.engine.core._changed, guest.engine.core.tx("death") as tx:
             assert userfaultops.release(guest.engine.core, tx, handler.session) == 1
+        assert guest.engine.core.pending_faults._removed == {}
         guest.engine.core.wake()
         assert halted(result(running)).vcpu.mismatched == 0
     assert not guest.engine.core.userfaults
@@ -373,7 +378,7 @@ def test_when_the_handler_dies_the_fault_goes_on(guest: Guest, handler: Handler)
 
 def test_unregistering_lets_the_fault_go_on(guest: Guest, handler: Handler) -> None:
     """UFFDIO_UNREGISTER wakes what waits in the range."""
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         told = handler.one()
         guest.engine.unregister_userfault(told.userfault, handler.session)
@@ -383,7 +388,7 @@ def test_unregistering_lets_the_fault_go_on(guest: Guest, handler: Handler) -> N
 def test_another_handler_may_take_over(guest: Guest, handler: Handler) -> None:
     """Unregistered and registered again, before the fault has looked: the new one is told."""
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         told = handler.one()
         heir = Handler(engine)
@@ -405,7 +410,7 @@ def test_a_cancelled_vcpu_comes_back_with_intr(guest: Guest, handler: Handler) -
     engine, gone, wakers = guest.engine, threading.Event(), []
     cancelled = Cancelled(gone.is_set, wakers.append)
     engine.set_programme(guest.vm, 0, (write(_at(guest, 0), PAGE_SIZE, 1),))
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(lambda: engine.run_vcpu(guest.vm, 0, cancelled=cancelled))
         handler.one()
         gone.set()
@@ -417,7 +422,7 @@ def test_a_cancelled_vcpu_comes_back_with_intr(guest: Guest, handler: Handler) -
     assert exited.refusal.reason is INTERRUPTED
     assert engine.pending_userfaults() == []
     # the instruction is still to do, and its page is told again
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(lambda: engine.run_vcpu(guest.vm, 0))
         assert handler.one().pgoff == 0
         engine.userfault_continue(guest.file, 0, 1, True, handler.session)
@@ -439,7 +444,7 @@ def test_a_pre_fault_that_is_interrupted_keeps_its_prefix(guest: Guest, handler:
     engine.userfault_continue(guest.file, 0, 3, True, handler.session)
     for start, done in ((0, 3), (3, None)):
         gone.clear()
-        with calls() as call:
+        with calls(guest.engine) as call:
             faulting = call(
                 lambda start=start: engine.pre_fault(
                     guest.vm, _at(guest, start), 6 * PAGE_SIZE, cancelled=gone.is_set
@@ -455,7 +460,7 @@ def test_a_pre_fault_that_is_interrupted_keeps_its_prefix(guest: Guest, handler:
 
 
 def test_draining_ends_the_wait(guest: Guest, handler: Handler) -> None:
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
         guest.engine.drain()
@@ -464,7 +469,7 @@ def test_draining_ends_the_wait(guest: Guest, handler: Handler) -> None:
 
 def test_a_vm_destroyed_while_a_pre_fault_waits(guest: Guest, handler: Handler) -> None:
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         faulting = call(engine.pre_fault, guest.vm, guest.gpa, PAGE_SIZE)
         handler.one()
         engine.destroy_vm(guest.vm)
@@ -476,7 +481,7 @@ def test_a_vm_destroyed_while_a_pre_fault_waits(guest: Guest, handler: Handler) 
 def test_a_vm_is_in_use_while_its_vcpu_waits(guest: Guest, handler: Handler) -> None:
     engine, gone = guest.engine, threading.Event()
     engine.set_programme(guest.vm, 0, (write(_at(guest, 0), PAGE_SIZE, 1),))
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(lambda: engine.run_vcpu(guest.vm, 0, cancelled=gone.is_set))
         handler.one()
         refusal(engine.destroy_vm, guest.vm, reason=VM_IN_USE, errno=EBUSY)
@@ -488,7 +493,7 @@ def test_a_vm_is_in_use_while_its_vcpu_waits(guest: Guest, handler: Handler) -> 
 
 def test_a_vm_that_dies_does_not_wait(guest: Guest, handler: Handler) -> None:
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
 
@@ -512,7 +517,7 @@ def test_a_session_that_ends_takes_its_waiting_vm_with_it(make_engine: MakeEngin
     engine.create_vcpu(vm, 0)
     engine.set_programme(vm, 0, (write(0, 8, 1, private=False),))
     handler.register(file, 0, 4)
-    with calls() as call:
+    with calls(engine) as call:
         running = call(engine.run_vcpu, vm, 0)
         handler.one()
         vmm.die()
@@ -530,7 +535,7 @@ def test_a_punch_is_told_and_the_next_fault_is_told_again(guest: Guest, handler:
     engine.fallocate(guest.file, 3, PAGE_SIZE, 2 * PAGE_SIZE)
     gone = handler.one()
     assert (gone.kind, gone.pgoff, gone.npages, gone.private) == (REMOVED, 1, 2, True)
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, check(_at(guest, 0), 4 * PAGE_SIZE, 0))
         told = handler.one()
         assert (told.kind, told.pgoff, told.npages) == (FAULT, 1, 2)
@@ -541,7 +546,7 @@ def test_a_punch_is_told_and_the_next_fault_is_told_again(guest: Guest, handler:
 def test_resolved_and_punched_before_the_fault_has_looked(guest: Guest, handler: Handler) -> None:
     """The waiter finds a hole again that was told before: it must be told once more."""
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
 
@@ -560,7 +565,7 @@ def test_resolved_and_punched_before_the_fault_has_looked(guest: Guest, handler:
 
 def test_wake_tells_again(guest: Guest, handler: Handler) -> None:
     """UFFDIO_WAKE: the thread faults again, and the fault is read again."""
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         told = handler.one()
         guest.engine.userfault_wake(guest.file, 0, 1, handler.session)
@@ -572,7 +577,7 @@ def test_wake_tells_again(guest: Guest, handler: Handler) -> None:
 def test_a_conversion_ends_the_wait(guest: Guest, handler: Handler) -> None:
     """The access is looked at again, and is of the wrong state now: KVM_EXIT_MEMORY_FAULT."""
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
         engine.set_attributes(guest.vm, [(guest.gpa, PAGE_SIZE, 0)])
@@ -583,7 +588,7 @@ def test_a_conversion_ends_the_wait(guest: Guest, handler: Handler) -> None:
 
 def test_a_file_closed_while_a_fault_waits(guest: Guest, handler: Handler) -> None:
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
         reading = call(guest.host_read, SHARED * PAGE_SIZE, 1)
@@ -601,7 +606,7 @@ def test_a_file_closed_while_a_fault_waits(guest: Guest, handler: Handler) -> No
 
 def test_the_wait_graph_names_the_handler(guest: Guest, handler: Handler) -> None:
     engine = guest.engine
-    with calls() as call:
+    with calls(guest.engine) as call:
         running = call(guest.run, write(_at(guest, 0), 8, 1))
         handler.one()
         _, graph = engine.read(lambda core: core.waits.graph(core.ledger))

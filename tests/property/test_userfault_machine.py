@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rmemd.engine import memory, populate, userfaultops, vcpu
+from rmemd.engine import hostmap, pins, populate, userfaultops, vcpu
 from rmemd.engine.core import Step, Steps
 from rmemd.engine.invariants import check
 from rmemd.engine.pendingfaults import FAULT
@@ -56,6 +56,7 @@ class UserfaultMachine(RuleBasedStateMachine):
 
     @initialize(kind=st.sampled_from(["attributes", "in-place", "tdx-today", "gup"]))
     def begin(self, kind: str) -> None:
+        self.restricted = kind != "gup"
         if kind == "in-place":
             flags = FLAG_MMAP | FLAG_INIT_SHARED
             self.guest = make_guest(self.engine, "sw-protected", PAGES, flags=flags, in_place=True)
@@ -145,9 +146,9 @@ class UserfaultMachine(RuleBasedStateMachine):
         gpa = guest.gpa + offset
         made: dict[str, Callable[[], Steps[Any]]] = {
             "pre-fault": lambda: populate.pre_fault(core, guest.vm, gpa, size, False),
-            "read": lambda: memory.read_shared(core, guest.file, offset, size),
-            "write": lambda: memory.write_shared(core, guest.file, offset, bytes(size)),
-            "pin": lambda: memory.pin(core, guest.file, offset, size, "DMA", "device/1"),
+            "read": lambda: hostmap.read_shared(core, guest.file, offset, size),
+            "write": lambda: hostmap.write_shared(core, guest.file, offset, bytes(size)),
+            "pin": lambda: pins.pin(core, guest.file, offset, size, "DMA", "device/1"),
         }
         self._start(made[how])
 
@@ -193,7 +194,7 @@ class UserfaultMachine(RuleBasedStateMachine):
     def close(self, often: int, what: str) -> None:
         if often:
             return
-        if what == "file" and self.core.files.exists(self.guest.file):
+        if what == "file" and self.restricted:
             self._refused(lambda: self.engine.close_file(self.guest.file))
         elif what == "vm":
             self._refused(lambda: self.engine.destroy_vm(self.guest.vm))

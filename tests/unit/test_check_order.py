@@ -17,6 +17,7 @@ from rmemd.engine.memory import KEEP_SIZE, PUNCH_HOLE
 from rmemd.errors import (
     ATTRIBUTES_UNSUPPORTED,
     BAD_RANGE,
+    BAD_REQUEST,
     BINDING_FOREIGN,
     BINDING_OVERLAP,
     FALLOCATE_MODE,
@@ -278,3 +279,13 @@ def test_a_host_access_that_leaves_the_file_touches_nothing(engine: Engine) -> N
         guest.host_write, SIZE - PAGE_SIZE, bytes(2 * PAGE_SIZE), reason=HOST_SIGBUS, errno=EFAULT
     )
     assert guest.pfn(NPAGES - 1) < 0
+
+
+def test_the_memory_behind_an_ordinary_slot_is_not_closed_as_a_file(engine: Engine) -> None:
+    vm = engine.create_vm("gup").info.vm
+    engine.set_memory_region(vm, 0, 0, 0, 4 * PAGE_SIZE)
+    (file,) = [file.info.file for file in engine.core.files.all()]
+    engine.pre_fault(vm, 0, PAGE_SIZE)
+    refusal(engine.close_file, file, reason=BAD_REQUEST, errno=EINVAL)
+    engine.set_memory_region(vm, 0, 0, 0, 0)
+    assert not engine.core.files.exists(file)

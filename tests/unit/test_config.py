@@ -32,8 +32,9 @@ from rmemd.daemon.config import (
 )
 from rmemd.daemon.configload import ConfigError, Loaded, Sources, default_file, differences
 from rmemd.daemon.logs import LEVELS
-from rmemd.daemon.values import is_loopback, is_tenant, size_of, size_text
+from rmemd.daemon.values import LOOPBACK_TENANT, is_loopback, is_tenant, size_of, size_text
 from rmemd.engine.quotas import UNLIMITED, Limits
+from rmemd.rpc.doors import INSECURE_TENANT
 from rmemd.units import PAGE_SIZE, PMD_PAGES
 
 ROOT = Path(__file__).parents[2]
@@ -302,7 +303,13 @@ def test_no_sizes(text: object) -> None:
 
 
 def test_tenants() -> None:
-    for text in ("uid:0", "uid:4294967294", "spiffe://a.b/c", "spiffe://rmemd.test/tenant/a_B-1."):
+    for text in (
+        LOOPBACK_TENANT,
+        "uid:0",
+        "uid:4294967294",
+        "spiffe://a.b/c",
+        "spiffe://rmemd.test/tenant/a_B-1.",
+    ):
         assert is_tenant(text), text
     for text in (
         "uid:", "uid:01", "uid:4294967295", "uid:-1", "UID:1", "uid:1 ", "spiffe://", "spiffe://a",
@@ -400,6 +407,13 @@ def test_what_is_dumped_means_the_same(tables: dict[str, dict[str, Any]]) -> Non
     assert configshow.dump(again).count("\n") == text.count("\n")
 
 
+@pytest.mark.parametrize("path", ["/a\\b", "/a'b", '/a"b', "/a'\"\\u0041", "/ä 𐀀#"])
+def test_a_path_is_dumped_as_it_is(tmp_path: Path, path: str) -> None:
+    loaded = load(tmp_path, "", daemon__socket_dir=("--socket-dir", path))
+    again = load(tmp_path, configshow.dump(loaded)).config.daemon.socket_dir
+    assert again == loaded.config.daemon.socket_dir == Path(path)
+
+
 def test_dump_says_where_each_is_from(tmp_path: Path) -> None:
     text = '[daemon]\nnodes = 2\n[limits.tenants."uid:1"]\nfds = 3\n'
     lines = configshow.dump(load(tmp_path, text, "daemon.log_level=debug")).splitlines()
@@ -447,6 +461,7 @@ def test_it_agrees_with_those_it_may_not_import() -> None:
     )
     assert set(get_args(get_args(keys()["daemon.log_level"].hint)[0])) == set(LEVELS)
     assert TenantLimits().frames == UNLIMITED
+    assert LOOPBACK_TENANT == INSECURE_TENANT
     assert set(TenantLimits.__struct_fields__) == set(Limits.__dataclass_fields__)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +52,7 @@ def test_nothing_is_lost_or_changed_however_it_is_cut(
     data = b"".join(encoded(line) + b"\n" for line in lines) + encoded(last)
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     sink = Sink()
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         sink.lines.feed(data[start:end])
     sink.lines.end()
     assert sink.reported == [line for line in lines if line in CORE]
@@ -78,7 +80,8 @@ def test_a_line_without_end_is_not_kept_for_ever() -> None:
     ("error", "reason", "detail"),
     [
         ("CERTIFICATE_VERIFY_FAILED: certificate has expired",
-         "the peer's certificate has expired", "CERTIFICATE_VERIFY_FAILED: certificate has expired"),
+         "the peer's certificate has expired",
+         "CERTIFICATE_VERIFY_FAILED: certificate has expired"),
         ("CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
          "the peer's certificate is of another CA",
          "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate"),

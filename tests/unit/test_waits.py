@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from guests import Guest, make_engine
+from guests import Guest
+from guests import make_engine as fresh_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.engine.engine import Engine
-from rmemd.engine.migrate import Outcome
+from rmemd.engine.migrate import BATCH_PAGES, Outcome
 from rmemd.engine.programme import Opcode
 from rmemd.engine.waits import REFUSALS_MAX, Edge, WaitFor, deadlock
 from rmemd.errors import Busy, RmemError
@@ -180,6 +181,53 @@ def test_a_step_says_what_it_waits_for_and_one_that_does_not_is_named(engine: En
     assert (second.holder, second.why) == ("", "page fault")
 
 
+def test_a_range_is_its_owners_whoever_ran_in_between(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """The first goes on to its second batch while the other is held in its first."""
+    npages = 2 * BATCH_PAGES
+    engine = make_engine(nframes=8 * npages)
+    guest, other = Guest(engine, "tdx-relocate", npages=npages), Guest(engine, "null", npages=4)
+    guest.fill(0, npages, seed=1)
+    # a fault on pages that have frames touches nothing that the migration holds
+    other.allocate(0, 4)
+    steps = {"first": "migrate", "other": "fault: looked up"}
+    arrived = {"first": threading.Semaphore(0), "other": threading.Semaphore(0)}
+    go = {"first": threading.Semaphore(0), "other": threading.Semaphore(0)}
+
+    def hold(step: str) -> None:
+        name = threading.current_thread().name
+        if step == steps.get(name):
+            arrived[name].release()
+            assert go[name].acquire(timeout=PATIENCE)
+
+    engine.core.hold = hold
+    frames = guest.pfns(0, npages)
+    threads = [
+        threading.Thread(target=lambda: engine.migrate(frames), name="first"),
+        threading.Thread(target=lambda: other.fault(0, 4), name="other"),
+    ]
+    try:
+        threads[0].start()
+        assert arrived["first"].acquire(timeout=PATIENCE)
+        threads[1].start()
+        assert arrived["other"].acquire(timeout=PATIENCE)
+        go["first"].release()
+        assert arrived["first"].acquire(timeout=PATIENCE)
+        with waiting_then(engine, lambda: guest.punch(BATCH_PAGES)) as start:
+            start()
+            (edge,) = edges(engine)
+            go["first"].release()
+    finally:
+        for semaphore in go.values():
+            semaphore.release(4)
+        for thread in threads:
+            thread.join(PATIENCE)
+    numbers = [int(label.split()[1]) for label in (edge.holder, edge.waiter)]
+    # the first, the other, the punch: called one after the other
+    assert numbers[0] == numbers[1] - 2
+
+
 # --- refusals -----------------------------------------------------------------------------------
 def test_the_holders_of_a_busy_folio_are_named_until_they_let_go(engine: Engine) -> None:
     guest = Guest(engine, "pkvm-gmem", npages=4)
@@ -295,7 +343,7 @@ def test_same_requests_same_names() -> None:
     """Numbers of calls are counted, not drawn: replaying a test gives the same graph."""
     seen = []
     for _ in range(2):
-        engine = make_engine()
+        engine = fresh_engine()
         guest = Guest(engine, "pkvm-gmem", npages=4)
         guest.convert(0, 4, private=False)
         engine.pin(guest.file, 0, PAGE_SIZE, "DMA", "device/1")

@@ -19,9 +19,6 @@ from fake_daemon import SERVING, FakeDaemon  # noqa: E402
 
 from rmemctl.main import run  # noqa: E402
 
-# the command as a process of its own
-RMEMCTL = [sys.executable, "-c", "from rmemctl.main import main; main()"]
-
 
 @dataclass
 class Result:

@@ -6,16 +6,14 @@ import json
 import os
 import pty
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import pytest
-from conftest import RMEMCTL
+from ctl_processes import PATIENCE, read_all, read_some, start
 from fake_daemon import FakeDaemon, Refuse
-from test_jobs import read_all, read_some
 
 from rmem.v1 import types_pb2, vm_pb2, watch_pb2
 from rmem_client import Event, Progress
@@ -24,7 +22,6 @@ from rmemctl.follow import News
 from rmemctl.main import cli
 
 Ctl = Callable[..., Any]
-PATIENCE = 30.0
 
 
 class Changing:
@@ -166,16 +163,8 @@ def test_dot_is_for_graphs(rmemctl: Ctl, daemon: FakeDaemon) -> None:
     assert (result.code, result.out, daemon.requests) == (2, "", [])
 
 
-def start(daemon: FakeDaemon, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*RMEMCTL, "--socket-dir", str(daemon.socket_dir), "vm", "list", "--watch"],
-        stdout=stdout, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
-    )  # fmt: skip
-
-
 def test_an_interrupt_ends_it_quietly(daemon: FakeDaemon, lasting: Changing) -> None:
-    process = start(daemon)
+    process = start(daemon.socket_dir, "vm", "list", "--watch")
     assert process.stdout is not None
     text = ""
     while "dead" not in text:
@@ -187,7 +176,7 @@ def test_an_interrupt_ends_it_quietly(daemon: FakeDaemon, lasting: Changing) -> 
 
 def test_a_reader_that_has_gone_ends_it(daemon: FakeDaemon, lasting: Changing) -> None:
     lasting.states = ["building"]
-    process = start(daemon)
+    process = start(daemon.socket_dir, "vm", "list", "--watch")
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
@@ -199,7 +188,7 @@ def test_a_reader_that_has_gone_ends_it(daemon: FakeDaemon, lasting: Changing) -
 
 def test_on_a_terminal_it_is_redrawn_in_place(daemon: FakeDaemon, lasting: Changing) -> None:
     terminal, end = pty.openpty()
-    process = start(daemon, stdout=end)
+    process = start(daemon.socket_dir, "vm", "list", "--watch", stdout=end)
     os.close(end)
     seen = ""
     while "dead" not in seen:

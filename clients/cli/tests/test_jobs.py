@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
-import select
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,14 +13,13 @@ from typing import Any
 import grpc
 import pytest
 import world
-from conftest import RMEMCTL
+from ctl_processes import PATIENCE, read_all, read_some, start
 from fake_daemon import FakeDaemon, Refuse
 from google.longrunning import operations_pb2
 
 from rmem.v1 import types_pb2
 
 Ctl = Callable[..., Any]
-PATIENCE = 30.0
 
 
 def test_a_job_is_waited_for_and_shown(rmemctl: Ctl, daemon: FakeDaemon) -> None:
@@ -121,16 +118,8 @@ def held(daemon: FakeDaemon) -> Iterator[Held]:
     job.cancelled.set()
 
 
-def start(daemon: FakeDaemon, *args: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*RMEMCTL, "--socket-dir", str(daemon.socket_dir), *args],
-        stdout=subprocess.PIPE, stderr=stderr, text=True,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "NO_COLOR": "1"},
-    )  # fmt: skip
-
-
 def test_an_interrupt_cancels_the_job_and_shows_what_it_did(daemon: FakeDaemon, held: Held) -> None:
-    process = start(daemon, "compact")
+    process = start(daemon.socket_dir, "compact")
     assert held.waited.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
@@ -141,7 +130,7 @@ def test_an_interrupt_cancels_the_job_and_shows_what_it_did(daemon: FakeDaemon, 
 
 
 def test_who_only_waits_leaves_the_job_alone(daemon: FakeDaemon, held: Held) -> None:
-    process = start(daemon, "job", "wait", "1")
+    process = start(daemon.socket_dir, "job", "wait", "1")
     assert held.waited.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
@@ -151,7 +140,7 @@ def test_who_only_waits_leaves_the_job_alone(daemon: FakeDaemon, held: Held) -> 
 
 def test_a_bar_on_a_terminal_shows_what_the_daemon_tells(daemon: FakeDaemon, held: Held) -> None:
     terminal, end = pty.openpty()
-    process = start(daemon, "compact", stderr=end)
+    process = start(daemon.socket_dir, "compact", stderr=end)
     os.close(end)
     seen = ""
     while "8/16 pages" not in seen:
@@ -168,21 +157,3 @@ def test_a_bar_on_a_terminal_shows_what_the_daemon_tells(daemon: FakeDaemon, hel
     # what goes to stdout stays clean
     assert "\x1b" not in out
     assert "pages: 12 moved" in out
-
-
-def read_some(terminal: int) -> str:
-    """Read what comes next from a terminal."""
-    assert select.select([terminal], [], [], PATIENCE)[0], "nothing to read"
-    return os.read(terminal, 4096).decode()
-
-
-def read_all(terminal: int) -> str:
-    """Read a terminal to its end, which is an error for Linux."""
-    text = b""
-    try:
-        while piece := os.read(terminal, 4096):
-            text += piece
-    except OSError:
-        pass
-    os.close(terminal)
-    return text.decode()

@@ -1,5 +1,7 @@
 """Python client library of rmemd: ``Client``, typed errors, watches and packed records.
 
+``rmem_client.aio`` is the same for asyncio.
+
 The names are imported when they are first used: pytest loads ``rmem_client.pytest_plugin`` in
 every run, and must not pay for gRPC in those that use none of it.
 """
@@ -7,6 +9,7 @@ every run, and must not pay for gRPC in those that use none of it.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .address import Tls
     from .client import Client
     from .errors import (
         AlreadyExists,
@@ -57,6 +60,7 @@ __all__ = [
     "Range",
     "Refused",
     "RmemError",
+    "Tls",
     "Unavailable",
     "Unsupported",
     "Watch",
@@ -74,7 +78,7 @@ if not TYPE_CHECKING:
         from importlib import import_module
 
         if name in __all__:
-            for home in ("paths", "packed", "errors", "watch", "client"):
+            for home in ("paths", "packed", "errors", "address", "watch", "client"):
                 module = import_module(f"{__name__}.{home}")
                 if hasattr(module, name):
                     return globals().setdefault(name, getattr(module, name))

@@ -15,6 +15,9 @@ from typing import TypeAlias
 
 import grpc
 
+from rmem.v1 import types_pb2
+
+from .errors import InvalidArgument
 from .paths import SOCKET_NAME, default_socket_dir, grpc_target, why_unreachable
 
 Token: TypeAlias = str | Callable[[], str]
@@ -27,13 +30,15 @@ _OPTIONS = (
     # two clients in one process share neither connection nor backoff
     ("grpc.use_local_subchannel_pool", 1),
 )
-# A peer that was frozen or cut off says nothing: without pings TCP finds out after a minute. Those
-# of the daemon's own side have the same ten seconds, since a machine under load is late too.
+# A peer that was frozen or cut off says nothing: without pings TCP finds out after a minute.
+# Shorter times would take a machine under load for a dead one.
 _TCP_OPTIONS = (
     ("grpc.keepalive_time_ms", 10000),
     ("grpc.keepalive_timeout_ms", 10000),
     ("grpc.http2.ping_timeout_ms", 10000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # a watch may have no news for hours
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -54,12 +59,14 @@ class Tls:
     server_name: str = ""
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return gRPC's credentials; raises OSError for a file that cannot be read."""
-        return grpc.ssl_channel_credentials(
-            Path(self.ca).read_bytes(),
-            Path(self.key).read_bytes(),
-            Path(self.certificate).read_bytes(),
-        )
+        """Return gRPC's credentials; raises InvalidArgument for a file that cannot be read."""
+        try:
+            ca, key, certificate = (
+                Path(path).read_bytes() for path in (self.ca, self.key, self.certificate)
+            )
+        except OSError as error:
+            raise _wrong("tls", f"{error.filename}: {error.strerror}") from None
+        return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,11 @@ class Address:
         if self.tls is None:
             return (
                 "nobody answers there",
-                "Start rmemd with this --listen address, or give tls= if it asks for TLS.",
+                "Start rmemd with this --tcp address; if it wants TLS, give tls and not insecure.",
             )
         return (
             "nobody answers there, or one side's certificate was refused",
-            "Start rmemd with this --listen address; its log says whose certificate it refused.",
+            "Start rmemd with this --tcp address; its log says whose certificate it refused.",
         )
 
 
@@ -113,10 +120,10 @@ def find_address(
     ``Client`` documents the arguments.
 
     Raises:
-        ValueError: they contradict each other, or name plain TCP without leave.
+        InvalidArgument: they contradict each other, or name plain TCP without leave.
     """
     if socket_dir is not None and address is not None:
-        raise ValueError("give either socket_dir or address")
+        raise _wrong("address", "give either socket_dir or address")
     if socket_dir is not None:
         return _unix(Path(socket_dir) / SOCKET_NAME)
     if address is None and not (address := os.environ.get("RMEMD_ADDRESS")):
@@ -139,19 +146,20 @@ def _unix(socket: Path) -> Address:
 def _tcp(address: str, tls: Tls | None, insecure: bool) -> Address:
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isdecimal()):
-        raise ValueError(f"{address!r} is neither unix:/path nor host:port")
+        raise _wrong("address", f"{address!r} is neither unix:/path nor host:port")
     if tls is None and not insecure:
         tls = _tls_of_environment()
+        insecure = tls is None and os.environ.get("RMEMD_INSECURE") == "1"
     if tls is None and not insecure:
-        raise ValueError(
-            f"TCP to {address} needs tls= (or RMEMD_CA, RMEMD_CERTIFICATE and RMEMD_KEY); "
-            "insecure=True does without, on loopback only"
+        raise _wrong(
+            "tls",
+            f"TCP to {address} needs tls (or RMEMD_CA, RMEMD_CERTIFICATE and RMEMD_KEY); "
+            "insecure (or RMEMD_INSECURE=1) does without, on loopback only",
         )
-    if insecure:
-        if tls is not None:
-            raise ValueError("give either tls or insecure")
-        if not _is_loopback(host.strip("[]")):
-            raise ValueError(f"{address} is not loopback: plain TCP would show the token to others")
+    if insecure and tls is not None:
+        raise _wrong("insecure", "give either tls or insecure")
+    if insecure and not _is_loopback(host.strip("[]")):
+        raise _wrong("insecure", f"{address} is not loopback: others could read along")
     return Address(f"dns:///{address}", address, tls=tls)
 
 
@@ -161,8 +169,19 @@ def _tls_of_environment() -> Tls | None:
         return None
     ca, certificate, key = named
     if not (ca and certificate and key):
-        raise ValueError("RMEMD_CA, RMEMD_CERTIFICATE and RMEMD_KEY go together")
+        raise _wrong("tls", "RMEMD_CA, RMEMD_CERTIFICATE and RMEMD_KEY go together")
     return Tls(ca, certificate, key)
+
+
+def _wrong(field: str, message: str) -> InvalidArgument:
+    return InvalidArgument(
+        message,
+        code=grpc.StatusCode.INVALID_ARGUMENT,
+        reason="BAD_ADDRESS",
+        refusal=types_pb2.Refusal(
+            field=field, remedy="Correct the argument, or the RMEMD_* variable of that name."
+        ),
+    )
 
 
 def _is_loopback(host: str) -> bool:

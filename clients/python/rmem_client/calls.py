@@ -19,6 +19,8 @@ from .address import Token
 
 REQUEST_ID = "rmem-request-id"
 TOKEN = "rmem-token"
+# what a stream's first metadata says: which daemon it comes from
+DAEMON = "rmem-daemon"
 
 CLOSED = "this client was closed meanwhile"
 

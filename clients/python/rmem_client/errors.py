@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from rmem.v1 import types_pb2
+from rmem.v1 import session_pb2, types_pb2
 
-from .address import Address
 from .paths import MAX_SOCKET_PATH_BYTES, path_bytes
+
+if TYPE_CHECKING:
+    from .address import Address
 
 DOMAIN = "rmemd"
 
@@ -284,9 +286,17 @@ def decode(error: grpc.RpcError, address: Address) -> RmemError:
 
 def decode_status(status: status_pb2.Status) -> RmemError:
     """Return the typed error for a status that a message carries, as a long job's does."""
-    code = next((c for c in grpc.StatusCode if c.value[0] == status.code), grpc.StatusCode.UNKNOWN)
     info = _detail(status, error_details_pb2.ErrorInfo())
-    return _typed(code, status.message, info, _detail(status, types_pb2.Refusal()))
+    return _typed(_code(status.code), status.message, info, _detail(status, types_pb2.Refusal()))
+
+
+def decode_session_refusal(message: session_pb2.SessionRefusal) -> RmemError:
+    """Return the typed error for a record that the session socket refused."""
+    return _typed(_code(message.code), message.message, None, message.refusal)
+
+
+def _code(number: int) -> grpc.StatusCode:
+    return next((c for c in grpc.StatusCode if c.value[0] == number), grpc.StatusCode.UNKNOWN)
 
 
 def _typed(

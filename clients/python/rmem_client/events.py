@@ -9,7 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from rmem.v1 import watch_pb2
+import grpc
+
+from rmem.v1 import types_pb2, watch_pb2
+
+from .calls import DAEMON
+from .errors import OutOfRange
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class Position:
         self._seen_of_newest = 0
         self._skip = 0
         self._resumed = False
+        self._daemon = ""
 
     def request(self) -> watch_pb2.WatchRequest:
         """Return the request for the first stream, or for one that goes on where it ended."""
@@ -74,6 +80,24 @@ class Position:
         """Return the request for a stream that goes on where the last one ended."""
         self._resumed = self.revision > 0
         return self.request()
+
+    def check_daemon(self, metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
+        """Compare a stream's first metadata with that of the stream before.
+
+        Raises:
+            OutOfRange: it is another daemon, whose revisions count other events.
+        """
+        told = str(dict(metadata or ()).get(DAEMON, ""))
+        if told and self._daemon and told != self._daemon:
+            raise OutOfRange(
+                "the connection was lost, and the daemon was started anew in between",
+                code=grpc.StatusCode.OUT_OF_RANGE,
+                reason="DAEMON_RESTARTED",
+                refusal=types_pb2.Refusal(
+                    remedy="List the objects again and watch from the revision of that reply."
+                ),
+            )
+        self._daemon = told or self._daemon
 
     def advance(self, message: watch_pb2.WatchResponse) -> WatchItem | None:
         """Return what a message tells.

@@ -76,13 +76,13 @@ def rmemd(rmemd_daemon: DaemonProcess, request: pytest.FixtureRequest) -> Iterat
     request.node.stash[_USES_DAEMON] = True
     if not rmemd_daemon.running:  # a test without this fixture ended it
         _replace(rmemd_daemon, request.node, "setup", "it had ended before this test")
-    with Client(rmemd_daemon.socket_dir) as client:
+    with Client(rmemd_daemon.socket_dir, token="") as client:
         yield client
     if not rmemd_daemon.running:
         why = f"it ended during this test, with exit code {rmemd_daemon.process.returncode}"
     else:
         # the test may have closed its own
-        with Client(rmemd_daemon.socket_dir) as client:
+        with Client(rmemd_daemon.socket_dir, token="") as client:
             why = reset(client)
     if why:
         _replace(rmemd_daemon, request.node, "teardown", why)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 
 from rmem.v1 import host_pb2
 
 from .client import Client
 from .errors import NotFound, RmemError
-
-_PIN = re.compile(r" pin (\d+)$")
-_OWNED = (host_pb2.FRAME_USE_PRIVATE, host_pb2.FRAME_USE_SHARED)
 
 
 def reset(client: Client) -> str:
@@ -40,26 +37,9 @@ def _remove_all(client: Client) -> None:
         client.vms.destroy(vm.vm)
     for file in client.files.list().files:
         client.files.close(file.file)
-    while _unpin_one(client):
-        pass
+    for pin in client.files.pins().pins:
+        with suppress(NotFound):  # it went with its session
+            client.files.unpin(pin.pin)
     host = client.host.get()
     if any(c.use == host_pb2.FRAME_USE_OFFLINE and c.npages for c in host.counts):
         client.host.online(0, host.nframes)
-
-
-def _unpin_one(client: Client) -> bool:
-    """Let the pins go that hold the first frame still held; return whether there was one.
-
-    Without a file a frame is owned by its pins alone; there is no call that lists them.
-    """
-    held = next((run.pfn for run in client.host.frame_runs() if run.use in _OWNED), None)
-    if held is None:
-        return False
-    page = client.host.page(pfn=held)
-    pins = [int(found[1]) for holder in page.holders if (found := _PIN.search(holder.name))]
-    for pin in pins:
-        try:
-            client.files.unpin(pin)
-        except NotFound:  # somebody else's, in this very moment
-            continue
-    return bool(pins)

@@ -22,7 +22,7 @@ from rmem.v1 import watch_pb2, watch_pb2_grpc
 
 from .calls import identity, pauses
 from .connection import Connection
-from .errors import DaemonUnreachable, sent_again
+from .errors import DaemonUnreachable, OutOfRange, RmemError, sent_again
 from .events import Event, Lost, Position, Progress, WatchItem
 
 __all__ = ["Event", "Lost", "Progress", "Watch", "WatchItem", "open_watch"]
@@ -90,6 +90,7 @@ class Watch(Iterator[WatchItem]):
         with self._lock:
             # no deadline: a watch lasts until one side closes it
             self._stream = stub.Watch(request, metadata=identity(connection.token))
+            self._new = True
             if self._closed.is_set():
                 self._stream.cancel()
 
@@ -101,16 +102,34 @@ class Watch(Iterator[WatchItem]):
                 if self._is_closed():
                     raise StopIteration from None
                 if not self._connection.can_return(error):
-                    typed = self._connection.error(error)
-                    raise (sent_again(typed) if self._resumed else typed) from None
+                    raise self._typed(error) from None
                 self._resume()
                 continue
-            self._connection.met = True
-            if self._resumed:
-                self._resumed, self._pauses = False, pauses()
+            if self._new:
+                self._greet()
             item = self._position.advance(message)
             if item is not None:
                 return item
+
+    def _greet(self) -> None:
+        """Note that a stream has begun to tell, and whose it is."""
+        self._connection.met = True
+        self._new, self._resumed, self._pauses = False, False, pauses()
+        try:
+            self._position.check_daemon(self._stream.initial_metadata())
+        except OutOfRange:
+            self.close()
+            raise
+
+    def _typed(self, error: grpc.RpcError) -> RmemError:
+        typed = self._connection.error(error)
+        if not self._resumed:
+            return typed
+        try:
+            self._position.check_daemon(self._stream.initial_metadata())
+        except OutOfRange as other:
+            return other
+        return sent_again(typed)
 
     def _resume(self) -> None:
         end = time.monotonic() + self._connection.reconnect_s

@@ -14,8 +14,8 @@ import grpc
 import pytest
 from relay import Relay
 
-from rmem.v1 import vm_pb2, vm_pb2_grpc
-from rmem_client import Client, Event, InvalidArgument, NotFound, RmemError, aio
+from rmem.v1 import vcpu_pb2, vcpu_pb2_grpc, vm_pb2, vm_pb2_grpc
+from rmem_client import Client, Event, InvalidArgument, NotFound, OutOfRange, aio, vcpus
 from rmem_client.daemon_process import DaemonProcess
 
 PATIENCE_S = 30
@@ -137,6 +137,23 @@ def test_repeats_at_the_same_time_are_one_call(real: DaemonProcess) -> None:
         channel.close()
 
 
+def test_repeats_wait_for_a_call_that_is_at_work(real: DaemonProcess) -> None:
+    """A vCPU that runs for a while: a second run of it would be refused, or be another run."""
+    programme = [vcpus.touch(0, 4096), vcpus.loop(0, times=3000), vcpus.halt()]
+    with Client(real.socket_dir) as client:
+        vm = client.vms.create("gup")
+        client.vms.set_memory_region(vm, 0, gpa=0, size_bytes=1 << 16)
+        client.vcpus.create(vm)
+        client.vcpus.set_programme(vm, 0, programme)
+        stub = vcpu_pb2_grpc.VcpuServiceStub(client._connection.channel)
+        metadata = (("rmem-request-id", str(uuid.uuid4())),)
+        request = vcpu_pb2.RunVcpuRequest(vm=vm)
+        replies = [
+            stub.RunVcpu.future(request, metadata=metadata, timeout=PATIENCE_S) for _ in range(6)
+        ]
+        assert len({reply.result().SerializeToString() for reply in replies}) == 1
+
+
 def test_other_contents_under_the_same_id(real: DaemonProcess) -> None:
     with Client(real.socket_dir) as client:
         connection = client._connection
@@ -243,14 +260,41 @@ def test_a_watch_that_is_cut_tells_every_event_once(
     assert found == list(range(1, len(names) + 1))
 
 
-def test_a_watch_from_a_revision_of_the_daemon_before_is_refused(
-    real: DaemonProcess, cuttable: Relay, socket_dir: Path
+@pytest.mark.parametrize("newer", [0, 9])
+@pytest.mark.parametrize("half", ["sync", "aio"])
+def test_a_watch_is_not_taken_for_one_of_the_next_daemon(
+    real: DaemonProcess, cuttable: Relay, socket_dir: Path, newer: int, half: str
 ) -> None:
-    with Client(socket_dir, reconnect_s=HOUR_S) as client, client.watch() as watch:
-        watch.start()
-        client.vms.create("null")
-        wait_for(watch, "vm_created")
+    """Whether the next daemon's revision is still behind (0 VMs more) or has passed by (9)."""
+
+    def restart() -> None:
         real.restart()
-        with pytest.raises(RmemError, match="connection was lost"):
-            for _ in watch:
-                pass
+        with Client(real.socket_dir) as beside:
+            for _ in range(newer):
+                beside.vms.create("null")
+        cuttable.cut()
+
+    def watch() -> None:
+        with Client(socket_dir, reconnect_s=HOUR_S) as client, client.watch() as items:
+            items.start()
+            client.vms.create("null")
+            wait_for(items, "vm_created")
+            cuttable.hold()
+            restart()
+            for item in items:
+                assert not isinstance(item, Event)
+
+    async def watch_async() -> None:
+        async with aio.Client(socket_dir, reconnect_s=HOUR_S) as client, client.watch() as items:
+            await items.start()
+            await client.vms.create("null")
+            async for item in items:
+                if isinstance(item, Event) and item.kind == "vm_created":
+                    break
+            cuttable.hold()
+            await asyncio.to_thread(restart)
+            async for item in items:
+                assert not isinstance(item, Event)
+
+    with pytest.raises(OutOfRange, match=r"DAEMON_RESTARTED.*List the objects again"):
+        watch() if half == "sync" else asyncio.run(watch_async())

@@ -180,7 +180,7 @@ def test_closing_the_client_ends_the_waiting(daemon: FakeDaemon) -> None:
         except DaemonUnreachable as error:
             raised.append(error)
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     assert listens.wait(20)
     client.close()

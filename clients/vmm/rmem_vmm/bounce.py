@@ -21,15 +21,14 @@ from .channel import Message
 from .cpu import TO_VMM, Cpu, GuestLost
 from .guest import ACCEPT
 from .machine import Range
-from .ring import Buffer, DriverQueue, Layout
-from .swiotlb import Mapping, Pool
+from .ring import Buffer, DriverQueue
+from .swiotlb import Mapping, Pool, PoolFull
 from .virtio import CHECK_ECHO, CHECK_HEADER, CHECK_OK, CHECK_STATUS
 
 # the guest's own signals
 FILLED, ANSWERED = 1, 2
 # to the VMM: the doorbell, and the end of a round
 ROUND = TO_VMM + 64
-QUEUE_ENTRIES = 256
 # the queue and the requests' headers and statuses lie before the pool
 CONTROL_BYTES = 64 * 1024
 HEADERS_AT = 32 * 1024
@@ -69,12 +68,12 @@ class Traffic:
 
     def order(self) -> Message:
         """Return it as an order to the vCPU's process."""
-        return {"do": "bounce", **asdict(self)}
+        return {"do": "bounce", "queue": self.shared[0], **asdict(self)}
 
     @classmethod
     def ordered(cls, order: Message) -> Traffic:
         """Read it from an order."""
-        said = {name: value for name, value in order.items() if name != "do"}
+        said = {name: value for name, value in order.items() if name not in ("do", "queue")}
         return cls(**{**said, "private": tuple(said["private"]), "shared": tuple(said["shared"])})
 
 
@@ -84,10 +83,11 @@ class BounceDriver:
     Args:
         cpu: the vCPU.
         interrupt: eventfd of the device's interrupt.
+        queue: the device's queue, from the beginning of the shared memory on.
         order: the traffic, as the VMM orders it.
     """
 
-    def __init__(self, cpu: Cpu, interrupt: int, order: Message) -> None:
+    def __init__(self, cpu: Cpu, interrupt: int, queue: DriverQueue, order: Message) -> None:
         self._cpu = cpu
         self._interrupt = interrupt
         self._traffic = Traffic.ordered(order)
@@ -95,7 +95,7 @@ class BounceDriver:
         self._control = shared.gpa
         pool = Range(shared.gpa + CONTROL_BYTES, shared.size_bytes - CONTROL_BYTES)
         self._pool = Pool("swiotlb pool", pool, 16 * PAGE_BYTES)
-        self._queue = DriverQueue(cpu.shared, Layout.at(shared.gpa, QUEUE_ENTRIES))
+        self._queue = queue
         self._statuses: dict[int, int] = {}
         self._round = 0
         self._batch: list[tuple[Range, Mapping]] = []
@@ -107,13 +107,17 @@ class BounceDriver:
         Raises:
             GuestLost: a byte was not what it must be, or the guest was lost.
         """
-        self._queue.reset()
-        for self._round in range(self._traffic.rounds):
-            self._batch = list(self._map())
+        for number in range(self._traffic.rounds):
+            self._round = number
+            try:
+                self._batch = list(self._map())
+            except PoolFull as full:
+                return {"refused": str(full), "checked_pages": self.checked_pages}
             outcome = self._cpu.run(self._programme(), self._on_signal)
             if outcome.lost or outcome.mismatched_pages:
                 raise GuestLost(
-                    outcome.lost or f"round {self._round}: {outcome.mismatched_pages} pages came "
+                    outcome.lost
+                    or f"round {self._round}: {outcome.mismatched_pages} pages came "
                     f"back wrong, the first at gfn {outcome.first_mismatch_gfn:#x}"
                 )
             self.checked_pages += outcome.checked_pages

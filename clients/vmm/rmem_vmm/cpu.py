@@ -125,23 +125,24 @@ class Cpu:
                 if on_signal is not None:
                     on_signal(exit.value)
             elif name in (HYPERCALL, MEMORY_FAULT, IO):
-                answer = self._ask(name, exit)
+                reply = self._ask(name, exit)
+                answer = reply["answer"]
+                if reply["stop"]:
+                    return _outcome(exit, exits)
+                if name == MEMORY_FAULT and answer:
+                    return _outcome(exit, exits, _why_lost(name, exit))
             elif name != INTR:
                 return _outcome(exit, exits, _why_lost(name, exit))
 
-    def _ask(self, name: str, exit: vcpu_pb2.RunVcpuResponse) -> int:
-        """Have the VMM handle an exit; return what KVM_RUN is to answer the guest."""
+    def _ask(self, name: str, exit: vcpu_pb2.RunVcpuResponse) -> Message:
+        """Have the VMM handle an exit; return its answer to the guest, and whether to stop."""
         flags = exit.value if name == HYPERCALL else exit.flags
-        reply = self._channel.ask(
+        return self._channel.ask(
             {
                 "event": "exit", "exit": name, "gpa": exit.gpa, "size_bytes": exit.size_bytes,
                 "private": bool(flags & KVM_MEMORY_ATTRIBUTE_PRIVATE), "value": exit.value,
             }
         )  # fmt: skip
-        if "answer" not in reply:
-            raise GuestLost(f"exit {name} at gpa {exit.gpa:#x}: {reply.get('text', 'no answer')}")
-        answer: int = reply["answer"]
-        return answer
 
 
 def _outcome(exit: vcpu_pb2.RunVcpuResponse, exits: Counter[str], lost: str = "") -> Outcome:
@@ -156,7 +157,7 @@ def _signed(status: int) -> int:
 
 
 def _why_lost(name: str, exit: vcpu_pb2.RunVcpuResponse) -> str:
-    what = exit.text or exit.refusal.message or f"errno {exit.errno}"
+    what = exit.text or exit.refusal.reason or f"errno {exit.errno}"
     return f"exit {name} at gpa {exit.gpa:#x}: {what}"
 
 
@@ -194,13 +195,11 @@ class Orders:
     """What a VMM can order a vCPU's process to do, and what of it lasts."""
 
     def __init__(self, cpu: Cpu, interrupt: int) -> None:
-        # the drivers' modules import this one
-        from .bounce import BounceDriver
+        # the driver's module imports this one
         from .driver import ScriptedDriver
 
         self._cpu = cpu
         self._interrupt = interrupt
-        self._bounce = BounceDriver
         self._scripted = ScriptedDriver
         self._drivers: dict[int, Any] = {}
 
@@ -209,14 +208,14 @@ class Orders:
         match order["do"]:
             case "run":
                 return {"outcome": asdict(self._cpu.run(load(order["programme"])))}
-            case "bounce":
-                return self._bounce(self._cpu, self._interrupt, order).run()
-            case _:
+            case "request" | "collect" | "bounce" as what:
                 at = order["queue"]
                 if at not in self._drivers:
                     self._drivers[at] = self._scripted(self._cpu, self._interrupt, at)
-                done: dict[str, Any] = getattr(self._drivers[at], order["do"])(order)
+                done: dict[str, Any] = getattr(self._drivers[at], what)(order)
                 return done
+            case unknown:
+                raise ValueError(f"no order {unknown!r}")
 
 
 def main() -> int:

@@ -12,15 +12,29 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from rmem_client import RmemError
-from rmem_client.session import Notice, Session, SharedMemory
+from rmem_client.session import Session
+from rmem_client.shared import SharedMemory
 
 from .channel import Channel, Hangup, Message
-from .ring import BadAddress, BadChain, Chain, DeviceQueue, Layout, Region, Regions, RingBroken, View
+from .ring import (
+    BadAddress,
+    BadChain,
+    Chain,
+    DeviceQueue,
+    Layout,
+    Region,
+    Regions,
+    RingBroken,
+    View,
+)
 from .virtio import BlockDevice, Checker, Device, page_runs
+
+# what one record of the session socket carries at most
+PIECE_BYTES = 128 * 1024
 
 
 class Port:
@@ -39,11 +53,16 @@ class Port:
 
     def load(self, address: int, size: int) -> bytes:
         """Return bytes from an offset in the file on."""
-        return self._session.read_shared(self._file, address, size)
+        parts = [
+            self._session.read_shared(self._file, address + at, min(PIECE_BYTES, size - at))
+            for at in range(0, size, PIECE_BYTES)
+        ]
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def store(self, address: int, data: bytes) -> None:
         """Store bytes from an offset in the file on."""
-        self._session.write_shared(self._file, address, data)
+        for at in range(0, len(data), PIECE_BYTES):
+            self._session.write_shared(self._file, address + at, data[at : at + PIECE_BYTES])
 
 
 class Grants:
@@ -69,7 +88,8 @@ class Grants:
             return Region(gpa, length, port, grant["offset"], read_only)
         shared = self._session.shared_memory(
             grant["file"], grant["offset"], length, read_only=read_only
-        )
+        ).__enter__()
+        # mapped for as long as the process lives
         self._mapped.append(shared)
         return Region(gpa, length, View(shared.view), 0, read_only)
 
@@ -81,7 +101,7 @@ class Grants:
         """
         for grant in self._ranges:
             at = address - grant["gpa"]
-            if 0 <= at and at + size <= grant["length"]:
+            if at >= 0 and at + size <= grant["length"]:
                 offset = grant["offset"] + at
                 return self._session.pin(grant["file"], offset, size, purpose=self._purpose)
         raise BadAddress(f"{address:#x}+{size:#x} was not granted")
@@ -126,16 +146,15 @@ class DeviceProcess:
         Raises:
             Hangup: it has.
         """
+        sources: list[Any] = [self._doorbell, self._channel, self._session]
         while True:
-            ready, _, _ = select.select([self._doorbell, self._channel, self._session], [], [])
-            # a range that was taken back is given up before anything more is done with it
-            if self._session in ready:
-                self._noticed()
+            ready, _, _ = select.select(sources, [], [])
             if self._doorbell in ready:
                 os.eventfd_read(self._doorbell)
                 self._work()
             if self._channel in ready:
                 self._ordered(self._channel.receive()[0])
+            self._take_notices()
 
     def _work(self) -> None:
         """Serve the ring until it is empty."""
@@ -187,20 +206,23 @@ class DeviceProcess:
         self.figures["interrupts"] += 1
         os.eventfd_write(self._interrupt, 1)
 
-    def _noticed(self) -> None:
-        notice = self._session.next_notice(0)
-        if notice is None:
-            return
-        if notice.kind == Notice.CLOSED:
-            raise Hangup
-        if notice.kind == Notice.REVOKED:
-            gone = self._grants.revoked(notice.file, notice.offset_bytes, notice.length_bytes)
-            if self._queue is not None:
-                try:
-                    self._queue.use(self._grants.regions)
-                except BadAddress:
-                    self._queue = None
-            self._channel.send({"event": "revoked", "ranges": gone})
+    def _take_notices(self) -> None:
+        """Take what the daemon has told; a call may have read it while it waited for its answer."""
+        while (notice := self._session.next_notice(0)) is not None:
+            if notice.kind == "closed":
+                raise Hangup
+            if notice.kind == "revoked":
+                self._give_up(notice.file, notice.offset_bytes, notice.length_bytes)
+
+    def _give_up(self, file: int, offset: int, length: int) -> None:
+        gone = self._grants.revoked(file, offset, length)
+        if self._queue is not None:
+            try:
+                self._queue.use(self._grants.regions)
+            except BadAddress:
+                self._queue = None
+        going_on = self._queue is not None
+        self._channel.send({"event": "revoked", "ranges": gone, "queue": going_on})
 
     def _ordered(self, order: Message) -> None:
         if order["do"] == "deliver":
@@ -208,33 +230,37 @@ class DeviceProcess:
         elif order["do"] == "reach":
             self._channel.send({"event": "reached", **self._reach(order)})
         elif order["do"] == "figures":
-            checked = {name: getattr(self._device, name)
-                       for name in ("pages", "wrong_pages") if hasattr(self._device, name)}  # fmt: skip
-            self._channel.send({"event": "figures", **self.figures, **checked})
+            self._channel.send({"event": "figures", **self.figures, **self._device.figures()})
 
     def _deliver(self, data: bytes) -> None:
         """Something came in from outside: fill the oldest receive buffer and give it back."""
-        assert self._queue is not None and isinstance(self._device, Checker)
+        if self._queue is None or not isinstance(self._device, Checker):
+            return
         chain, written = self._device.deliver(data, self._queue.regions)
         self._complete(self._queue, chain.head, written)
         self._channel.send({"event": "released", "head": chain.head})
 
     def _reach(self, order: Message) -> dict[str, Any]:
         """Try to get at guest memory through the mapping, and through the daemon."""
-        try:
-            self._grants.regions.view(order["gpa"], order["size_bytes"])
-            mapped = "mapped"
-        except BadAddress as error:
-            mapped = str(error)
-        try:
-            pin = self._session.pin(
-                order["file"], order["offset"], order["size_bytes"], purpose="try"
-            )
-            self._session.unpin(pin)
-            pinned = "pinned"
-        except RmemError as refusal:
-            pinned = refusal.reason
-        return {"mapped": mapped, "pinned": pinned}
+        file, offset, size = order["file"], order["offset"], order["size_bytes"]
+        return {
+            "mapped": _tried(lambda: self._grants.regions.load(order["gpa"], size)),
+            "read": _tried(lambda: self._session.read_shared(file, offset, size)),
+            "pinned": _tried(
+                lambda: self._session.unpin(self._session.pin(file, offset, size, purpose="try"))
+            ),
+        }
+
+
+def _tried(what: Callable[[], object]) -> str:
+    """Return "reached", or why not."""
+    try:
+        what()
+    except BadAddress as error:
+        return str(error)
+    except RmemError as refusal:
+        return refusal.reason
+    return "reached"
 
 
 def _make(spec: Message, fds: list[int]) -> Device:

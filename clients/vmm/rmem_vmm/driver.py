@@ -1,4 +1,4 @@
-"""A driver in the guest whose requests its VMM scripts: stores, one chain, the doorbell, loads.
+"""A driver in the guest that does what its VMM scripts: stores, a chain, the doorbell, loads.
 
 Owns the queue of a vCPU's process between orders. What it writes into the ring it writes as the
 guest, whatever that is: a driver that misbehaves is an order with bad addresses in it.
@@ -12,6 +12,7 @@ from typing import Any
 
 from rmem_client import vcpus
 
+from .bounce import BounceDriver
 from .channel import Message
 from .cpu import TO_VMM, Cpu
 from .ring import Buffer, DriverQueue, Layout
@@ -65,6 +66,10 @@ class ScriptedDriver:
         self._interrupt = interrupt
         self._queue = DriverQueue(cpu.shared, Layout.at(queue_gpa, QUEUE_ENTRIES))
         self._queue.reset()
+
+    def bounce(self, order: Message) -> dict[str, Any]:
+        """Carry an order for bounced traffic out."""
+        return BounceDriver(self._cpu, self._interrupt, self._queue, order).run()
 
     def request(self, order: Message) -> dict[str, Any]:
         """Carry an order for a request out."""

@@ -62,6 +62,8 @@ class Guest:
         retries: conversions that it was told to ask for again.
         refusals: why conversions were refused, oldest first.
         on_signal: what the VMM does at the guest's other signals.
+        stop: whether its programmes end at their next exit.
+        punches: whether the VMM gives the private half back of what becomes shared.
     """
 
     machine: Machine
@@ -73,6 +75,8 @@ class Guest:
     retries: int = 0
     refusals: list[RmemError] = field(default_factory=list)
     on_signal: Callable[[int], None] = lambda _: None
+    stop: bool = False
+    punches: bool = True
 
     @property
     def label(self) -> str:
@@ -126,6 +130,7 @@ class Host:
         self._guests: list[Guest] = []
         self._children: list[Child] = []
         self._fds: list[int] = []
+        self._kept: list[tuple[Child, Message]] = []
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Host:
@@ -201,7 +206,7 @@ class Host:
             files.convert(slot.file, offset, where.size_bytes, private=private)
         else:
             self.client.vms.convert(vm, where.gpa, where.size_bytes, private=private)
-            if not private:
+            if not private and guest.punches:
                 files.punch(slot.file, offset, where.size_bytes)
         guest.conversions["to private" if private else "to shared"] += 1
 
@@ -253,9 +258,7 @@ class Host:
         guest.devices.append(device)
         return device
 
-    def start_child(
-        self, name: str, module: str, spec: Message, fds: Sequence[int] = ()
-    ) -> Child:
+    def start_child(self, name: str, module: str, spec: Message, fds: Sequence[int] = ()) -> Child:
         """Start another process of the VMM."""
         return self._start(name, module, spec, fds)
 
@@ -286,6 +289,16 @@ class Host:
         self.order(child, programme)
         return self.finish(child)
 
+    def attempt(self, child: Child, programme: Iterable[Instruction]) -> cpu.Outcome:
+        """Have a vCPU run a programme; return what came of it, whatever that is."""
+        self.order(child, programme)
+        return cpu.outcome_of(self.wait(child, "done"))
+
+    def do(self, child: Child, order: Message) -> Message:
+        """Give a vCPU's process an order, and wait until it is carried out."""
+        child.tell(order)
+        return self.wait(child, "done")
+
     def order(self, child: Child, programme: Iterable[Instruction]) -> None:
         """Have a vCPU begin a programme."""
         child.tell({"do": "run", "programme": cpu.dump(programme)})
@@ -301,26 +314,37 @@ class Host:
     def wait_for(self, wanted: Callable[[Child, Message], bool]) -> Message:
         """Serve the children until one says what is wanted; return that.
 
+        What is not wanted now is kept for later.
+
         Raises:
             ChildFailed: one ended, failed, or all are silent.
         """
+        for at, (child, said) in enumerate(self._kept):
+            if wanted(child, said):
+                del self._kept[at]
+                return said
         while True:
-            for child, said in self.messages():
-                if said["event"] == "exit":
-                    self._answer(child, said)
-                elif wanted(child, said):
-                    return said
+            child, said = self._next()
+            if said["event"] == "exit":
+                self._answer(child, said)
+            elif wanted(child, said):
+                return said
+            else:
+                self._kept.append((child, said))
 
-    def messages(self) -> Iterable[tuple[Child, Message]]:
-        """Wait for messages and return those that are there, one of each child at most.
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Serve the children until something that their exits change is so."""
+        while not condition():
+            child, said = self._next()
+            if said["event"] == "exit":
+                self._answer(child, said)
+            else:
+                self._kept.append((child, said))
 
-        Raises:
-            ChildFailed: a child ended or failed, or all are silent.
-        """
+    def _next(self) -> tuple[Child, Message]:
         ready = self._selector.select(SILENCE_SECONDS)
         if not ready:
             raise ChildFailed("all processes of the VMM are silent")
-        # one at a time: what one message leads to may take another's turn
         child: Child = ready[0][0].data
         try:
             said, _ = child.channel.receive()
@@ -328,11 +352,11 @@ class Host:
             raise child.ended() from None
         if said["event"] == "failed":
             raise ChildFailed(f"{child.name}: {said['text']}")
-        return [(child, said)]
+        return child, said
 
     def _answer(self, child: Child, exit: Message) -> None:
         guest = next(guest for guest in self._guests if child in guest.cpus)
-        child.tell({"answer": self._handle(guest, exit)})
+        child.tell({"answer": self._handle(guest, exit), "stop": guest.stop})
 
     def _handle(self, guest: Guest, exit: Message) -> int:
         """Handle an exit as a VMM's vCPU thread does; return the guest's answer, an errno."""
@@ -355,11 +379,11 @@ class Host:
             return -errno.EINVAL
         return 0
 
-    def forget(self, child: Child) -> None:
-        """End a child that is not needed any more."""
+    def kill(self, child: Child) -> None:
+        """Kill a child, as the kernel does when memory is short."""
         self._selector.unregister(child.channel)
         self._children.remove(child)
-        child.finish()
+        child.kill()
 
 
 def require_intact(child: Child, outcome: cpu.Outcome) -> cpu.Outcome:

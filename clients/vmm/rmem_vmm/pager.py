@@ -11,12 +11,17 @@ from __future__ import annotations
 import os
 import select
 import sys
+from typing import Any
 
 from rmem_client import RmemError
 from rmem_client.constants import PAGE_BYTES
-from rmem_client.session import Notice, Session
+from rmem_client.session import Session
+from rmem_client.sessionwire import Notice
 
 from .channel import Channel, Hangup, Message
+
+# what one record of the session socket carries at most
+PIECE_BYTES = 128 * 1024
 
 
 class Pager:
@@ -32,7 +37,6 @@ class Pager:
         self._session = session
         self._channel = channel
         self._source = source
-        self._held: list[Notice] = []
         self._holding = False
 
     def serve(self) -> None:
@@ -41,25 +45,25 @@ class Pager:
         Raises:
             Hangup: it has.
         """
+        sources: list[Any] = [self._session, self._channel]
         while True:
-            ready, _, _ = select.select([self._session, self._channel], [], [])
+            ready, _, _ = select.select(sources, [], [])
             if self._channel in ready:
                 self._ordered(self._channel.receive()[0])
-            if self._session in ready:
-                notice = self._session.next_notice(0)
-                if notice is not None:
-                    self._noticed(notice)
+            # a call may have read a notice while it waited for its answer
+            while (notice := self._session.next_notice(0)) is not None:
+                self._noticed(notice)
 
     def _noticed(self, notice: Notice) -> None:
-        if notice.kind == Notice.CLOSED:
+        if notice.kind == "closed":
             raise Hangup
-        if notice.kind == Notice.FAULT:
+        if notice.kind == "fault":
             if self._holding:
                 self._channel.send({"event": "holds", **_where(notice)})
                 return
             self._resolve(notice)
         else:
-            self._channel.send({"event": notice.kind.lower(), **_where(notice)})
+            self._channel.send({"event": notice.kind, **_where(notice)})
 
     def _resolve(self, fault: Notice) -> None:
         file, offset, length = fault.file, fault.offset_bytes, fault.length_bytes
@@ -67,8 +71,10 @@ class Pager:
             self._session.resolve_continue(file, offset, length, private=True)
             how = "continued"
         else:
-            data = os.pread(self._source, length, offset)
-            self._session.resolve_copy(file, offset, data.ljust(length, b"\0"))
+            for at in range(offset, offset + length, PIECE_BYTES):
+                size = min(PIECE_BYTES, offset + length - at)
+                data = os.pread(self._source, size, at)
+                self._session.resolve_copy(file, at, data.ljust(size, b"\0"))
             how = "copied"
         self._channel.send({"event": "resolved", "how": how, **_where(fault)})
 

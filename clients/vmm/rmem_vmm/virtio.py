@@ -43,6 +43,10 @@ class Device(Protocol):
         """
         ...
 
+    def figures(self) -> dict[str, int]:
+        """Return what it has counted."""
+        ...
+
 
 class BlockDevice:
     """virtio-blk on a file.
@@ -55,6 +59,11 @@ class BlockDevice:
     def __init__(self, fd: int, capacity_bytes: int) -> None:
         self._fd = fd
         self._capacity_bytes = capacity_bytes
+        self._sectors = 0
+
+    def figures(self) -> dict[str, int]:
+        """Return the sectors that it read or wrote."""
+        return {"sectors": self._sectors}
 
     def handle(self, chain: Chain, regions: Regions) -> int:
         """Read or write sectors, or flush."""
@@ -78,6 +87,7 @@ class BlockDevice:
             return BLK_UNSUPP, 0
         if size % SECTOR_BYTES or offset + size > self._capacity_bytes:
             return BLK_IOERR, 0
+        self._sectors += size // SECTOR_BYTES
         if kind == BLK_OUT:
             return (BLK_OK if os.pwrite(self._fd, data, offset) == size else BLK_IOERR), 0
         for buffer in into:
@@ -103,10 +113,15 @@ class Checker:
         self.wrong_pages = 0
         self.kept: list[Chain] = []
 
+    def figures(self) -> dict[str, int]:
+        """Return the pages verified, and those of them that were wrong."""
+        return {"pages": self.pages, "wrong_pages": self.wrong_pages}
+
     def handle(self, chain: Chain, regions: Regions) -> int | None:
         """Check and answer, or keep a buffer for what will be received."""
         header, data = _headed(chain, regions, CHECK_HEADER.size)
-        kind, npages, gpa, seed, reply_seed = CHECK_HEADER.unpack(header)
+        fields: tuple[int, int, int, int, int] = CHECK_HEADER.unpack(header)
+        kind, npages, gpa, seed, reply_seed = fields
         if len(chain.writes) != 2 or chain.writes[1].size != CHECK_STATUS.size:
             raise BadChain(chain.head, "it wants one buffer for the answer and one for the status")
         answer, status = chain.writes

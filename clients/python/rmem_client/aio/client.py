@@ -28,7 +28,7 @@ class Client:
 
     Where the daemon is, in this order: ``socket_dir`` or ``address``; ``$RMEMD_ADDRESS``;
     ``default_socket_dir()``. The variables ``$RMEMD_CA``, ``$RMEMD_CERTIFICATE`` and ``$RMEMD_KEY``
-    stand in for ``tls``, and ``$RMEMD_TOKEN`` for ``token``.
+    stand in for ``tls``, ``$RMEMD_INSECURE=1`` for ``insecure`` and ``$RMEMD_TOKEN`` for ``token``.
 
     Args:
         socket_dir: the directory of the daemon's socket.
@@ -41,7 +41,7 @@ class Client:
             deadline; 0: a lost connection is an error at once.
 
     Raises:
-        ValueError: the address is none, or the arguments contradict each other.
+        InvalidArgument: the address is none, or the arguments contradict each other.
 
     Attributes:
         address: where the daemon is: the socket's path, or "host:port".

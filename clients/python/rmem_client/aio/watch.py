@@ -22,7 +22,7 @@ import grpc
 from rmem.v1 import watch_pb2, watch_pb2_grpc
 
 from ..calls import identity, pauses
-from ..errors import DaemonUnreachable, sent_again
+from ..errors import DaemonUnreachable, OutOfRange, RmemError, sent_again
 from ..events import Event, Lost, Position, Progress, WatchItem
 from .connection import Connection
 
@@ -88,6 +88,7 @@ class Watch(AsyncIterator[WatchItem]):
         stub = watch_pb2_grpc.WatchServiceStub(connection.channel)
         # no deadline: a watch lasts until one side closes it
         self._stream = stub.Watch(request, metadata=identity(connection.token))
+        self._new = True
 
     async def _receive(self) -> WatchItem:
         while True:
@@ -102,18 +103,36 @@ class Watch(AsyncIterator[WatchItem]):
                 if self._is_closed():
                     raise StopAsyncIteration from None
                 if not self._connection.can_return(error):
-                    typed = self._connection.error(error)
-                    raise (sent_again(typed) if self._resumed else typed) from None
+                    raise await self._typed(error) from None
                 await self._resume()
                 continue
             if not isinstance(message, watch_pb2.WatchResponse):  # grpc.aio.EOF
                 raise StopAsyncIteration
-            self._connection.met = True
-            if self._resumed:
-                self._resumed, self._pauses = False, pauses()
+            if self._new:
+                await self._greet()
             item = self._position.advance(message)
             if item is not None:
                 return item
+
+    async def _greet(self) -> None:
+        """Note that a stream has begun to tell, and whose it is."""
+        self._connection.met = True
+        self._new, self._resumed, self._pauses = False, False, pauses()
+        try:
+            self._position.check_daemon(await self._stream.initial_metadata())
+        except OutOfRange:
+            await self.close()
+            raise
+
+    async def _typed(self, error: grpc.RpcError) -> RmemError:
+        typed = self._connection.error(error)
+        if not self._resumed:
+            return typed
+        try:
+            self._position.check_daemon(await self._stream.initial_metadata())
+        except OutOfRange as other:
+            return other
+        return sent_again(typed)
 
     async def _resume(self) -> None:
         end = time.monotonic() + self._connection.reconnect_s
