@@ -70,14 +70,14 @@ def test_consumers_list_says_what_the_code_declares(ctl: Ctl) -> None:
         offers = engine.core.registry.offers
         assert said == {name: offer.ops.implemented() for name, offer in offers.items()}
         for name, table in said.items():
-            assert len(table) == 16, name
+            assert len(table) == 18, name
             vm = engine.create_vm(name).info.vm
             assert engine.core.consumers[vm].ops.implemented() == table
     finally:
         engine.close()
     assert len(said) == 10
     null = {op for op, there in said["null"].items() if there}
-    assert null == {"invalidate_start", "invalidate_end"}
+    assert null == {"invalidate_start", "invalidate_end", "export_state", "import_state"}
     table = ctl("consumers", "list")
     assert re.search(r"migrate_folio\s+NULL", table)
 

@@ -6,6 +6,7 @@ import contextlib
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ def ledger(daemon: Daemon) -> Any:
     return left
 
 
-def fds(daemon: Daemon) -> int:
-    return len([name for name in daemon.fds().values() if "anon_inode:[eventpoll]" not in name])
+def fds(daemon: Daemon) -> Counter[str]:
+    """Return the daemon's descriptors by what they are."""
+    return Counter(name.split(":[")[0] for name in daemon.fds().values())
 
 
 @pytest.fixture
@@ -155,7 +157,9 @@ def test_a_hundred_deaths_in_random_states(
     bystander: Bystander,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before, fds_before = ledger(daemon), fds(daemon)
+    before = ledger(daemon)
+    # of gRPC's own there may be fewer in the end, since it opens and closes some as it likes
+    fds_before = fds(daemon)
     took = []
     for seed in range(DEATHS):
         dice = random.Random(seed)
@@ -175,7 +179,7 @@ def test_a_hundred_deaths_in_random_states(
         for one in household.below:
             one.kill()
     # the sockets are closed by the time that everybody has read of the end
-    assert eventually(lambda: fds(daemon) == fds_before), daemon.fds()
+    assert eventually(lambda: not fds(daemon) - fds_before), fds(daemon) - fds_before
     bystander.require_untouched()
     inside = _inside(daemon, "pidfd") + _inside(daemon, "eof")
     with capsys.disabled():

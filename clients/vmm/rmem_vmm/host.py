@@ -201,7 +201,7 @@ class Host:
         offset = slot.offset_of(where.gpa)
         files, vm = self.client.files, guest.machine.vm
         if private and guest.devices:
-            self.client.sessions.revoke(slot.file, offset, where.size_bytes)
+            self.revoke(guest, where)
         if guest.machine.in_place:
             files.convert(slot.file, offset, where.size_bytes, private=private)
         else:
@@ -209,6 +209,16 @@ class Host:
             if not private and guest.punches:
                 files.punch(slot.file, offset, where.size_bytes)
         guest.conversions["to private" if private else "to shared"] += 1
+
+    def revoke(self, guest: Guest, where: Range) -> None:
+        """Take a range of one slot back from the devices.
+
+        Raises:
+            Busy: one of them pins it.
+        """
+        slot = guest.slot_at(where.gpa)
+        offset = slot.offset_of(where.gpa)
+        self.client.sessions.revoke(slot.file, offset, where.size_bytes)
 
     # --- children ----------------------------------------------------------------------------
     def eventfd(self) -> int:

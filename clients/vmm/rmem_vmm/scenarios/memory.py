@@ -9,7 +9,7 @@ import mmap
 from collections.abc import Iterator
 
 from rmem.v1 import host_pb2
-from rmem_client import vcpus
+from rmem_client import RmemError, vcpus
 from rmem_client.constants import PAGE_BYTES
 from rmem_client.vcpus import Instruction
 
@@ -28,6 +28,8 @@ LAZY = Range(1024 * PAGE_BYTES, 64 * PAGE_BYTES)
 ROUND = TO_VMM + 64
 FOREVER = 1 << 40
 HOT_SLOT, HOT_BYTES = 5, 2 << 20
+# pKVM neither moves nor deletes a slot of a guest that has run (pkvm.md §4)
+VETO = ("pkvm", "PKVM_MEMSLOT")
 
 
 def fill(guest: Guest, where: Range, seed: int) -> list[Instruction]:
@@ -183,7 +185,13 @@ def _plug(host: Host, guest: Guest, user: Child, report: Report) -> None:
 
 def _unplug(host: Host, guest: Guest, user: Child, report: Report, free: int) -> None:
     where = Range(HIGH_GPA, HOT_BYTES)
-    freed = host.unplug(guest, guest.slots[HOT_SLOT])
+    try:
+        freed = host.unplug(guest, guest.slots[HOT_SLOT])
+    except RmemError as refusal:
+        vendor = guest.machine.platform
+        report.expect("the slot is taken away", (vendor, refusal.reason), VETO, refusal.reason)
+        return
+    report.expect("the slot is taken away", guest.machine.platform != VETO[0], True, "yes")
     report.expect("pages freed with it", freed, where.npages)
     report.expect("frames free, as before", host.client.host.get().free_pages, free)
     gone = host.attempt(user, [guests.check(guest.machine, where, 7), vcpus.halt()])

@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 
-from rmem_client import vcpus
+from rmem_client import Client, vcpus
 from rmem_client.constants import PAGE_BYTES
 
 from .. import guest as guests
@@ -35,13 +35,13 @@ def external_pager(settings: Settings, consumers: tuple[str, ...]) -> Iterator[R
         os.ftruncate(source, RAM_BYTES)
         os.pwrite(source, pattern.words(settings.seed, SHARED.gpa, SHARED.size_bytes), SHARED.gpa)
         try:
-            with Host(settings.socket_dir) as host:
-                yield _paged(host, consumer, source, settings.seed)
+            with Host(settings.socket_dir) as host, Client(settings.socket_dir) as operator:
+                yield _paged(host, operator, consumer, source, settings.seed)
         finally:
             os.close(source)
 
 
-def _paged(host: Host, consumer: str, source: int, seed: int) -> Report:
+def _paged(host: Host, operator: Client, consumer: str, source: int, seed: int) -> Report:
     report = Report(consumer)
     guest = host.create(consumer, memory_bytes=RAM_BYTES)
     host.launch(guest)
@@ -55,7 +55,7 @@ def _paged(host: Host, consumer: str, source: int, seed: int) -> Report:
     host.wait(pager, "registered")
     _filled(host, guest, pager, seed, report)
     _continued(host, guest, pager, report)
-    _killed(host, guest, pager, report)
+    _killed(host, operator, guest, pager, report)
     return report
 
 
@@ -81,7 +81,9 @@ def _continued(host: Host, guest: Guest, pager: Child, report: Report) -> None:
     report.figures["pages continued"] = told["continued"]
 
 
-def _killed(host: Host, guest: Guest, pager: Child, report: Report) -> None:
+def _killed(
+    host: Host, operator: Client, guest: Guest, pager: Child, report: Report
+) -> None:
     """The pager holds a fault and is killed: the guest gets its page from the daemon."""
     cpu = guest.cpus[0]
     pager.tell({"do": "hold"})
@@ -92,7 +94,7 @@ def _killed(host: Host, guest: Guest, pager: Child, report: Report) -> None:
         vcpus.check(LATE.gpa, LATE.size_bytes, seed=4), vcpus.halt(),
     ])  # fmt: skip
     held = host.wait(pager, "holds")
-    graph = host.client.host.wait_graph()
+    graph = operator.host.wait_graph()
     waits = [edge for edge in graph.edges if edge.why == "page fault handler"]
     said = f"{waits[0].waiter} waits for {waits[0].holder}" if waits else "nobody waits"
     report.require("a fault that it holds", held["pages"] > 0 and bool(waits), said)
