@@ -50,10 +50,10 @@ def views_of(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> list[
 def in_progress(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> Iterator[None]:
     """Mark a file range, and every guest range it is bound to, while its bytes move."""
     with ExitStack() as stack:
-        stack.enter_context(core.in_progress("file", file.info.file, pgoff, npages))
+        stack.enter_context(core.ranges.in_progress("file", file.info.file, pgoff, npages))
         for view in views_of(core, file, pgoff, npages):
             vm = view.vm.info.vm
-            stack.enter_context(core.in_progress("vm", vm, view.gfn, view.npages))
+            stack.enter_context(core.ranges.in_progress("vm", vm, view.gfn, view.npages))
         yield
 
 
@@ -72,7 +72,7 @@ def invalidating(core: Core, tx: Tx, views: list[View], why: Why) -> Iterator[No
 
 def unmap(core: Core, tx: Tx, view: View, why: Why) -> Runs:
     """Take what a view maps out of vendor and mirror; return the private runs that it had."""
-    core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
+    core.ranges.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     private, shared = view.vm.mapped(view.gfn, view.npages)
     if view.zapped is True:
         shared = Runs.of_pages(NOTHING, NOTHING)
@@ -80,7 +80,7 @@ def unmap(core: Core, tx: Tx, view: View, why: Why) -> Runs:
         private = Runs.of_pages(NOTHING, NOTHING)
     consumer = core.consumer(view.vm)
     consumer.call(tx, "invalidate_start", private, why)
-    core.invalidated(view.vm.info.vm)
+    core.ranges.invalidated(view.vm.info.vm)
     view.vm.clear(tx, private)
     view.vm.clear(tx, shared)
     if consumer.ops.unpin is not None and private.total:

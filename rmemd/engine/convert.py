@@ -97,7 +97,7 @@ def _set_range(core: Core, number: int, start: int, npages: int, private: bool) 
     vm = core.vms.alive(number)
     if vm.attributes.equals(start, npages, int(private)):
         return 1
-    core.require_idle("vm", number, start, npages)
+    core.ranges.require_idle("vm", number, start, npages)
     with core.tx("set attributes") as tx:
         slots = _slots(vm, start, npages)
         views = [View(vm, start, npages, zapped=not private)] if slots else []
@@ -173,7 +173,7 @@ def _convert_by_host(
         return Converted(0, "")
     views = [replace(v, zapped=not private) for v in views_of(core, file, start, npages)]
     for view in views:
-        core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
+        core.ranges.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     with core.tx("convert in place") as tx:
         return (yield from _convert(core, tx, file, start, npages, private, views))
 
@@ -189,7 +189,7 @@ def _convert(
 ) -> Steps[Converted]:
     """Convert in an open transaction; without ``views`` the guest's mapping stays in place."""
     vm = core.vms.alive(file.info.vm)
-    core.require_idle("file", file.info.file, start, npages)
+    core.ranges.require_idle("file", file.info.file, start, npages)
     if private:
         frames.charge_found(core, tx, file, start, npages)
     present = file.frames.touched(start, npages)

@@ -1,4 +1,4 @@
-"""The engine's core: the lock, transactions, steps and what a range in progress means.
+"""The engine's core: the lock, transactions and steps.
 
 Owns ``Core``, which every operation is written against. An operation is a generator: it runs under
 the lock and yields a ``Step`` where the lock may be let go: to move bytes, to let others in, or to
@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -24,7 +24,8 @@ from rmemd.engine.journal import Journal
 from rmemd.engine.listeners import Listeners
 from rmemd.engine.pendingfaults import PendingFaults
 from rmemd.engine.quotas import Quotas
-from rmemd.engine.waits import RANGE, GaveUp, Operation, Retry, WaitFor, Waits, pages_text
+from rmemd.engine.ranges import Ranges
+from rmemd.engine.waits import GaveUp, Operation, Retry, WaitFor, Waits
 from rmemd.errors import NO_SUCH_VM
 from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Held, Tx
@@ -85,14 +86,6 @@ class Options:
     kept_records: int | None = 4096
 
 
-@dataclass
-class _Ranges:
-    """Ranges in progress of one VM or file with whose they are, and its invalidate sequence."""
-
-    busy: list[tuple[int, int, Operation]] = field(default_factory=list)
-    sequence: int = 0
-
-
 class Core:
     """State, stores and the rules by which they are changed.
 
@@ -122,7 +115,7 @@ class Core:
         self.hold: Callable[[str], None] | None = None
         self.breathe: Callable[[], None] = lambda: None
         self._changed = threading.Condition(cast("threading.RLock", FairLock()))
-        self._ranges: dict[tuple[str, int], _Ranges] = {}
+        self.ranges = Ranges(self.waits, self.wake_waiting)
         self._scrub: list[I64] = []
         self.scrubbed_frames = 0
         self._shared: dict[int, Memfd] = {}
@@ -344,48 +337,6 @@ class Core:
                 text = f"{where} took {took:.1f} s"
                 self.vms.update(tx, self.vms.get(vm), state="frozen", dead_reason=text)
                 tx.emit("vm_frozen", vm=vm, reason=text)
-
-    # --- ranges in progress ------------------------------------------------------------------
-    @contextmanager
-    def in_progress(self, kind: str, number: int, start: int, npages: int) -> Iterator[None]:
-        """Mark a range of a "vm" or "file"; faults and accesses that meet it retry."""
-        ranges = self._ranges.setdefault((kind, number), _Ranges())
-        marked = (start, start + npages, self.waits.current)
-        ranges.busy.append(marked)
-        try:
-            yield
-        finally:
-            ranges.busy.remove(marked)
-            ranges.sequence += 1
-            self._changed.notify_all()
-
-    def is_in_progress(self, kind: str, number: int, start: int, npages: int) -> bool:
-        """Return whether a range meets one in progress."""
-        return self._in_the_way(kind, number, start, npages) is not None
-
-    def require_idle(self, kind: str, number: int, start: int, npages: int) -> None:
-        """Have the operation wait while a range is in progress."""
-        met = self._in_the_way(kind, number, start, npages)
-        if met is not None:
-            lo, hi, owner = met
-            raise Retry(WaitFor(owner, RANGE, pages_text(kind, number, lo, hi - lo)))
-
-    def _in_the_way(
-        self, kind: str, number: int, start: int, npages: int
-    ) -> tuple[int, int, Operation] | None:
-        ranges = self._ranges.get((kind, number))
-        if ranges is None:
-            return None
-        end = start + npages
-        return next((one for one in ranges.busy if one[0] < end and start < one[1]), None)
-
-    def sequence(self, vm: int) -> int:
-        """Return the VM's invalidate sequence (mmu_invalidate_seq)."""
-        return self._ranges.setdefault(("vm", vm), _Ranges()).sequence
-
-    def invalidated(self, vm: int) -> None:
-        """Count an invalidation, so that a fault that looked its page up before retries."""
-        self._ranges.setdefault(("vm", vm), _Ranges()).sequence += 1
 
     # --- vCPUs in and out of the guest ---------------------------------------------------------
     def enter(self, tx: Tx, vm: Vm, index: int) -> Vcpu:

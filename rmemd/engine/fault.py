@@ -197,7 +197,7 @@ def _fault_in_two(core: Core, wanted: Wanted) -> Steps[bool]:
 def _look_up(core: Core, tx: Tx, wanted: Wanted) -> Lookup:
     gfns, private, trace = wanted.gfns, wanted.private, wanted.trace
     vm = core.vms.alive(wanted.vm)
-    core.require_idle("vm", wanted.vm, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+    core.ranges.require_idle("vm", wanted.vm, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
     if wanted.is_stale(core, vm):
         raise Stale
     file = file_of(core, vm, wanted.slot, int(gfns[0]), private)
@@ -226,15 +226,15 @@ def _look_up(core: Core, tx: Tx, wanted: Wanted) -> Lookup:
         consumer.call(tx, "prepare", runs)
     if trace is not None:
         trace.note(core, "lookup", int(pfns[0]))
-    return Lookup(runs, private, core.sequence(wanted.vm), pin, held, taken)
+    return Lookup(runs, private, core.ranges.sequence(wanted.vm), pin, held, taken)
 
 
 def _lost_race(core: Core, vm_id: int, found: Lookup) -> bool:
     vm = core.vms.alive(vm_id)
     gfns = found.runs.gfns()
     return (
-        core.sequence(vm_id) != found.sequence
-        or core.is_in_progress("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
+        core.ranges.sequence(vm_id) != found.sequence
+        or core.ranges.is_in_progress("vm", vm_id, int(gfns[0]), int(gfns[-1] - gfns[0]) + 1)
         or bool((vm.mirror.get(gfns) != 0).any())
     )
 

@@ -85,7 +85,7 @@ def _ask(
 ) -> Steps[CallAnswer | Called | Stop]:
     yield from ()
     vm = core.vms.alive(number)
-    core.require_idle("vm", number, span.gfn, span.npages)
+    core.ranges.require_idle("vm", number, span.gfn, span.npages)
     slot = vm.slot_at(span.gfn)
     if slot is None:
         return no_slot_stop(vm, span, call in ABOUT_PRIVATE)

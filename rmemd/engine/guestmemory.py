@@ -131,7 +131,7 @@ def reach(
     """
     for _ in range(FAULTS_MAX):
         vm = core.vms.alive(number)
-        core.require_idle("vm", number, span.gfn, span.npages)
+        core.ranges.require_idle("vm", number, span.gfn, span.npages)
         slot = vm.slot_at(span.gfn)
         if slot is None:
             return no_slot_stop(vm, span, private)

@@ -124,7 +124,7 @@ def touch(core: Core, number: int, offset: int, length: int, write: bool) -> Res
             page=f"pgoff {max(start, file.info.size_pages):#x}", state="past the file",
             rule="restrictedmem.md §2: host fault",
         )  # fmt: skip
-    core.require_idle("file", number, start, npages)
+    core.ranges.require_idle("file", number, start, npages)
     wanted = pages(start, npages)
     if file.info.in_place:
         private = _private_pages(file, wanted)

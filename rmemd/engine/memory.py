@@ -106,7 +106,7 @@ def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
 
     def one() -> Steps[int]:
         yield from ()
-        core.require_idle("file", number, start + done, n)
+        core.ranges.require_idle("file", number, start + done, n)
         with core.tx("allocate") as tx:
             file = core.files.get(number)
             wanted = pages(start + done, n)
@@ -148,7 +148,7 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
 
     def one() -> Steps[I64]:
         yield from ()
-        core.require_idle("file", number, start, npages)
+        core.ranges.require_idle("file", number, start, npages)
         file = core.files.get(number)
         with core.tx("punch") as tx:
             present = file.frames.touched(start, npages)
@@ -163,7 +163,7 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
     file = core.files.get(number)
     if file.info.in_place and core.has_shared_memory(file):
         there = core.shared_memory(file).present(start, npages)
-        with core.in_progress("file", number, start, npages):
+        with core.ranges.in_progress("file", number, start, npages):
             yield Step("punch: shared", work=partial(core.shared_memory(file).punch, there))
     return int(present.size)
 
@@ -189,7 +189,7 @@ def close(core: Core, number: int) -> Steps[int]:
         yield from ()
         file = core.files.get(number)
         size = file.info.size_pages
-        core.require_idle("file", number, 0, size)
+        core.ranges.require_idle("file", number, 0, size)
         with core.tx("close file") as tx:
             private, shared = file.frames.touched(0, size), file.shared.touched(0, size)
             with invalidating(core, tx, views_of(core, file, 0, size), Why.CLOSE):

@@ -179,9 +179,9 @@ def _move(
     private = governed(core, file, src)
     _require_movable(core, file, src, private)
     start, npages = int(pgoffs.min()), int(pgoffs.max() - pgoffs.min()) + 1
-    core.require_idle("file", number, start, npages)
+    core.ranges.require_idle("file", number, start, npages)
     for view in views_of(core, file, start, npages):
-        core.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
+        core.ranges.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
     with core.tx("migrate") as tx:
         if dst is None:
             dst = buddy.take(core.host, tx, src.size, Use.PRIVATE, nodes)
@@ -252,7 +252,7 @@ def _block(
         mapped[mine] = (pfns == src[mine]) & ~shared & private[mine]
         runs = Runs.of_pages(gfns[mapped[mine]], src[mapped])
         core.consumer(vm).call(tx, "invalidate_start", runs, Why.MIGRATE)
-        core.invalidated(vm.info.vm)
+        core.ranges.invalidated(vm.info.vm)
         zapped = gfns[(pfns == src[mine]) & shared]
         tx.put(vm.mirror, zapped, 0)
         everywhere = np.full(pgoffs.size, -1, dtype=np.int64)

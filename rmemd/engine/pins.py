@@ -99,7 +99,7 @@ def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -
     def one() -> Steps[I64]:
         yield from ()
         info = core.sessions.alive(owner.session)
-        core.require_idle("file", number, start, npages)
+        core.ranges.require_idle("file", number, start, npages)
         core.quotas.charge_pins(core, owner.tenant, npages)
         file = core.files.get(number)
         wanted = pages(start, npages)

@@ -98,7 +98,7 @@ def _populate_batch(
             page=f"gfn {at:#x}", state="shared", rule="restrictedmem.md §2: populate",
         )  # fmt: skip
     file = file_of(core, vm, slot, gfn, private=True)
-    core.require_idle("vm", number, gfn, n)
+    core.ranges.require_idle("vm", number, gfn, n)
     with core.tx("populate") as tx:
         pfns = frames.find(core, tx, file, gfns - slot.gfn + slot.pgoff, private=True)
         runs = Runs.of_pages(gfns, pfns)
@@ -108,7 +108,7 @@ def _populate_batch(
         )
         if answer.mapped:
             map_now(core, tx, vm, runs)
-        with core.in_progress("vm", number, gfn, n):
+        with core.ranges.in_progress("vm", number, gfn, n):
             yield Step("populate", tx=tx)
         tx.emit("populated", vm=number, gfn=gfn, npages=n)
     return n

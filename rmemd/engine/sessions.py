@@ -92,7 +92,7 @@ def revoke(
     def one() -> Steps[list[SessionInfo]]:
         yield from ()
         file = core.files.get(number)
-        core.require_idle("file", number, pgoff, npages)
+        core.ranges.require_idle("file", number, pgoff, npages)
         losers = [
             info for info in core.sessions.all()
             if info.tenant == tenant and any(_cuts(grant, number, pgoff, npages)
@@ -131,12 +131,13 @@ def _refuse_pinned(
             table = core.files.get(file).half(private=False)
             first = max(pin.pgoff, pgoff)
             pfn = table.at(first) - 1
-            raise FOLIO_BUSY(
+            refusal = FOLIO_BUSY(
                 f"pgoff {first:#x} of file/{file} is pinned", page=f"pgoff {first:#x}",
                 state="pinned by a device",
                 holders=core.ledger.holders(pfn) if pfn >= 0 else (),
                 rule="a range is taken back when nobody pins it",
             )  # fmt: skip
+            raise core.waits.refused(refusal, pfn)
 
 
 def close_session(core: Core, number: int) -> Steps[Closed]:

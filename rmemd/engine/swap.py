@@ -93,9 +93,9 @@ def swap_consumer(core: Core, number: int, name: str, config: Mapping[str, str])
 
 def require_quiet(core: Core, vm: Vm) -> None:
     """Have the operation wait while anything of the VM, or of its files, is in progress."""
-    core.require_idle("vm", vm.info.vm, 0, MAX_GFN)
+    core.ranges.require_idle("vm", vm.info.vm, 0, MAX_GFN)
     for file in files_of(core, vm):
-        core.require_idle("file", file.info.file, 0, file.info.size_pages)
+        core.ranges.require_idle("file", file.info.file, 0, file.info.size_pages)
 
 
 def flip(core: Core, successors: list[Successor], begun: float) -> list[Swapped]:
@@ -103,7 +103,7 @@ def flip(core: Core, successors: list[Successor], begun: float) -> list[Swapped]
     for one in successors:
         core.consumers[one.consumer.vm] = one.consumer
         # a fault that looked its page up before asks the new consumer
-        core.invalidated(one.consumer.vm)
+        core.ranges.invalidated(one.consumer.vm)
     pause = round((core.guard.clock() - begun) * MICROSECONDS)
     return [replace(one.swapped, pause_us=pause) for one in successors]
 

@@ -129,7 +129,7 @@ def _fill(
     def one() -> Steps[tuple[int, RmemError | None]]:
         file = core.files.get(number)
         _check_range(file, pgoff, npages)
-        core.require_idle("file", number, pgoff, npages)
+        core.ranges.require_idle("file", number, pgoff, npages)
         n, refusal = _holes_in_front(core, file, session, pgoff, npages)
         if n:
             with core.tx("userfault") as tx:
@@ -234,7 +234,7 @@ def continue_(
         yield from ()
         file = core.files.get(number)
         wanted = pages(pgoff + done, min(BATCH_PAGES, npages - done))
-        core.require_idle("file", number, int(wanted[0]), wanted.size)
+        core.ranges.require_idle("file", number, int(wanted[0]), wanted.size)
         covered = core.userfaults.covers(number, wanted, session or None)
         n = int(np.argmin(np.append(covered, False)))
         if not n:

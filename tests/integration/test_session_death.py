@@ -44,13 +44,13 @@ class Bystander:
         session.write_shared(file, 0, b"the bystander's")
         session.pin(file, 0, 2 * PAGE, "DMA")
         session.get(file, 4 * PAGE, 4 * PAGE)
-        client.vcpus.set_programme(vm, 0, [vcpus.write(4 * PAGE, 4 * PAGE, seed=5)])
+        client.vcpus.set_programme(vm, 0, [vcpus.write(4 * PAGE, 4 * PAGE, seed=5, private=True)])
         client.vcpus.run(vm, 0)
         return cls(session, client, vm, file)
 
     def require_untouched(self) -> None:
         assert self.session.read_shared(self.file, 0, 15) == b"the bystander's"
-        programme = [vcpus.check(4 * PAGE, 4 * PAGE, seed=5)]
+        programme = [vcpus.check(4 * PAGE, 4 * PAGE, seed=5, private=True)]
         self.client.vcpus.set_programme(self.vm, 0, programme)
         exited = self.client.vcpus.run(self.vm, 0)
         assert (exited.checked_pages, exited.mismatched_pages) == (4, 0)

@@ -15,7 +15,7 @@ from rmem_client.vcpus import Instruction
 
 from .. import guest as guests
 from ..channel import Child
-from ..cpu import TO_VMM
+from ..cpu import TO_VMM, Outcome
 from ..host import HIGH_GPA, Guest, Host
 from ..machine import Range
 from .report import Report, Settings
@@ -29,6 +29,7 @@ ROUND = TO_VMM + 64
 FOREVER = 1 << 40
 HOT_SLOT, HOT_BYTES = 5, 2 << 20
 # pKVM neither moves nor deletes a slot of a guest that has run (pkvm.md §4)
+NO_SLOT = "exit MEMORY_FAULT"
 VETO = ("pkvm", "PKVM_MEMSLOT")
 
 
@@ -177,10 +178,14 @@ def _plug(host: Host, guest: Guest, user: Child, report: Report) -> None:
     """Touch the range before there is a slot, and after."""
     where = Range(HIGH_GPA, HOT_BYTES)
     absent = host.attempt(user, [vcpus.touch(where.gpa, PAGE_BYTES, private=True), vcpus.halt()])
-    report.require("touched before it is there", bool(absent.lost), absent.lost or "nothing wrong")
+    report.require("touched before it is there", absent.lost.startswith(NO_SLOT), _exit(absent))
     host.plug(guest, HOT_SLOT, where.gpa, where.size_bytes)
     used = host.run(user, [*fill(guest, where, 7), vcpus.halt()])
     report.expect("pages of the new slot, checked", used.checked_pages, where.npages)
+
+
+def _exit(outcome: Outcome) -> str:
+    return outcome.lost.partition(" at ")[0] or "no exit"
 
 
 def _unplug(host: Host, guest: Guest, user: Child, report: Report, free: int) -> None:
@@ -195,7 +200,7 @@ def _unplug(host: Host, guest: Guest, user: Child, report: Report, free: int) ->
     report.expect("pages freed with it", freed, where.npages)
     report.expect("frames free, as before", host.client.host.get().free_pages, free)
     gone = host.attempt(user, [guests.check(guest.machine, where, 7), vcpus.halt()])
-    report.require("touched when it is gone", bool(gone.lost), gone.lost or "nothing wrong")
+    report.require("touched when it is gone", gone.lost.startswith(NO_SLOT), _exit(gone))
     host.plug(guest, HOT_SLOT, where.gpa, where.size_bytes)
     seen = host.attempt(user, [
         *guests.take(guest.machine, where), guests.check(guest.machine, where, 7), vcpus.halt(),

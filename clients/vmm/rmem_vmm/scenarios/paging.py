@@ -47,13 +47,13 @@ def _paged(host: Host, operator: Client, consumer: str, source: int, seed: int) 
     host.launch(guest)
     cpu = host.start_cpu(guest)
     pager = host.start_child(f"pager of {guest.label}", "rmem_vmm.pager", {}, [source])
-    host.run(cpu, [
-        vcpus.share(SHARED.gpa, SHARED.size_bytes), vcpus.share(LATE.gpa, LATE.size_bytes),
-        vcpus.halt(),
-    ])  # fmt: skip
+    if not guest.machine.in_place:
+        host.run(cpu, [vcpus.share(SHARED.gpa, SHARED.size_bytes), vcpus.halt()])
     pager.tell({"do": "register", "file": guest.machine.file, "offset": 0, "length": RAM_BYTES})
     host.wait(pager, "registered")
-    _filled(host, guest, pager, seed, report)
+    if not guest.machine.in_place:
+        # in place it is the guest's own pages that become shared, and they are no holes
+        _filled(host, guest, pager, seed, report)
     _continued(host, guest, pager, report)
     _killed(host, operator, guest, pager, report)
     return report
@@ -89,9 +89,7 @@ def _killed(
     pager.tell({"do": "hold"})
     host.wait(pager, "holding")
     host.order(cpu, [
-        vcpus.check(LATE.gpa, LATE.size_bytes, byte=0),
-        vcpus.write(LATE.gpa, LATE.size_bytes, seed=4),
-        vcpus.check(LATE.gpa, LATE.size_bytes, seed=4), vcpus.halt(),
+        *guests.take(guest.machine, LATE), *guests.fill(guest.machine, LATE, 4), vcpus.halt(),
     ])  # fmt: skip
     held = host.wait(pager, "holds")
     graph = operator.host.wait_graph()
@@ -100,7 +98,7 @@ def _killed(
     report.require("a fault that it holds", held["pages"] > 0 and bool(waits), said)
     host.kill(pager)
     done = host.finish(cpu)
-    report.expect("killed: the guest's pages, checked", done.checked_pages, 2 * LATE.npages)
+    report.expect("killed: the guest's pages, checked", done.checked_pages, LATE.npages)
 
 
 def _resolved(host: Host, pager: Child, npages: int) -> Counter[str]:
