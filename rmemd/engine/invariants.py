@@ -28,7 +28,7 @@ def check(core: Core) -> list[str]:
     return list(
         chain(
             _owners(core), _counts(core), _free(core), _mirrors(core), _slots(core),
-            _movable(core), _handles(core), _userfaults(core),
+            _movable(core), _handles(core), _userfaults(core), _sessions(core),
         )
     )  # fmt: skip
 
@@ -184,6 +184,8 @@ def _handles(core: Core) -> Iterator[str]:
         "vm": [vm.info.vm for vm in core.vms.all()],
         "file": [file.info.file for file in core.files.all()],
         "key": [number for number, _ in core.host.keys.items()],
+        "session": [info.session for info in core.sessions.all()],
+        "pin": [pin.pin for pin in core.sessions.pins()],
         "userfault": [one.userfault for one in core.userfaults.all()],
     }
     for counter, used in numbers.items():
@@ -218,6 +220,30 @@ def _userfaults(core: Core) -> Iterator[str]:
         yield from _named("I3", there, fault.pgoffs, f"{where}, and is there")
         if fault.vm and not core.vms.exists(fault.vm):
             yield f"I3: page {int(fault.pgoffs[0]):#x} {where} by vm/{fault.vm}, which is gone"
+
+
+def _sessions(core: Core) -> Iterator[str]:
+    """I14: nobody holds or owns anything in the name of a session that is gone."""
+    alive = {info.session for info in core.sessions.all()}
+    pins = {pin.holder: pin for pin in core.sessions.pins()}
+    for pin in pins.values():
+        if pin.owner.session and pin.owner.session not in alive:
+            yield f"I14: pin {pin.pin} is of session {pin.owner.session}, which is gone"
+    labels = {info.label for info in core.sessions.all()}
+    for entry in core.ledger.entries():
+        if entry.holder.startswith("session ") and entry.holder not in labels | pins.keys():
+            yield f"I14: {entry.holder} holds pages ({entry.purpose}), and is gone"
+    owners = [(vm.info.label, vm.info.owner) for vm in core.vms.all()]
+    owners += [(f"file/{file.info.file}", file.info.owner) for file in core.files.all()]
+    for name, owner in owners:
+        if owner.session and owner.session not in alive:
+            yield f"I14: {name} is of session {owner.session}, which is gone"
+    for info in core.sessions.all():
+        if info.parent and info.parent not in alive:
+            yield f"I14: {info.label} is below session {info.parent}, which is gone"
+    for one in core.userfaults.all():
+        if one.session and one.session not in alive:
+            yield f"I14: userfault {one.userfault} is of session {one.session}, which is gone"
 
 
 def _named(rule: str, wrong: Bools, numbers: I64, what: str) -> Iterator[str]:

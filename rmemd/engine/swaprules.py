@@ -38,12 +38,12 @@ def files_of(core: Core, vm: Vm) -> list[RestrictedFile]:
 def strays(core: Core, vm: Vm) -> I64:
     """Return the frames that the VM's consumer holds and that are not mapped as private pages."""
     private, _ = vm.mapped(0, MAX_GFN)
-    every = np.arange(core.host.nframes, dtype=np.int64)
-    held = np.zeros(every.size, dtype=np.bool_)
+    frames = core.ledger.frames(vm.info.label)
+    held = np.zeros(frames.size, dtype=np.bool_)
     for entry in pin_entries(core, vm):
-        held |= core.ledger.held(entry, every)
-    held[private.pfns()] = False
-    return np.flatnonzero(held).astype(np.int64)
+        held |= core.ledger.held(entry, frames)
+    left: I64 = frames[held & ~np.isin(frames, private.pfns())]
+    return left
 
 
 def _mapped(core: Core, vm: Vm, held: Mapping[str, TableState]) -> str:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -281,6 +282,55 @@ def test_what_is_uninstalled_cannot_be_reloaded(engine: Engine, site: SitePackag
     error = refused(engine, NO_SUCH_PLUGIN, lambda: engine.reload_plugin("acme"))
     assert "no longer installed" in error.message
     assert guest.holds(0, 8, seed=7)
+
+
+def test_reloads_swaps_and_guests_get_along(engine: Engine, site: SitePackages) -> None:
+    """Everybody at once: each reload and swap is whole, and no guest loses a byte."""
+    site.from_template("acme")
+    engine.load_plugins()
+    guests = [running(engine, "acme") for _ in range(3)]
+    failed: list[BaseException] = []
+    over = threading.Event()
+
+    def going(act: Callable[[], Any], times: int) -> threading.Thread:
+        def body() -> None:
+            try:
+                for _ in range(times):
+                    act()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=body)
+        thread.start()
+        return thread
+
+    def come_and_go() -> None:
+        guest = running(engine, "acme")
+        assert guest.holds(0, 8, seed=7)
+        engine.destroy_vm(guest.vm)
+        engine.close_file(guest.file)
+
+    def check_itself() -> None:
+        while not over.is_set():
+            assert guests[0].holds(0, 8, seed=7)
+
+    runner = going(check_itself, 1)
+    others = [
+        going(lambda: engine.reload_plugin("acme"), 6),
+        going(lambda: engine.reload_plugin("acme"), 6),
+        going(lambda: engine.swap_consumer(guests[1].vm), 20),
+        going(lambda: engine.migrate(guests[2].pfns(0, 8)), 20),
+        going(come_and_go, 8),
+    ]
+    for thread in others:
+        thread.join(60)
+    over.set()
+    runner.join(60)
+    assert failed == []
+    assert not any(thread.is_alive() for thread in (runner, *others))
+    assert all(guest.holds(0, 8, seed=7) for guest in guests)
+    assert check(engine.core) == []
+    assert engine.core.registry.changing == ""
 
 
 @pytest.mark.parametrize("name", ["tdx", "snp", "pkvm", "gup", "null"])

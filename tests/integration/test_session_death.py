@@ -236,7 +236,9 @@ def test_death_while_a_vcpu_runs(daemon: Daemon, clients: Clients, watch: Watch)
     one = clients().open(daemon.socket_dir)
     client = daemon.client(token=one.token)
     vm, _ = make_vm(client)
-    client.vcpus.set_programme(vm, 0, [vcpus.touch(0, NPAGES * PAGE, private=True), vcpus.loop(0, 1 << 30)])
+    client.vcpus.set_programme(
+        vm, 0, [vcpus.touch(0, NPAGES * PAGE, private=True), vcpus.loop(0, 1 << 30)]
+    )
     running = threading.Thread(target=_run, args=(client, vm))
     running.start()
     # it is inside the guest

@@ -6,12 +6,9 @@ library but ``watch`` catches ``grpc.RpcError``. ``aio/connection.py`` is its tw
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -32,7 +29,6 @@ from .errors import DaemonUnreachable, RmemError, decode, is_lost, sent_again
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
-_States: TypeAlias = "queue.SimpleQueue[grpc.ChannelConnectivity]"
 
 
 class Connection:
@@ -59,15 +55,12 @@ class Connection:
         self.last_revision = 0
         self.closed = threading.Event()
         self.channel = _open(address)
-        self._listening: set[_States] = set()
         # whether anybody ever answered: if not, there is no connection to get back
         self.met = False
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
         self.closed.set()
-        for states in tuple(self._listening):
-            states.put(grpc.ChannelConnectivity.SHUTDOWN)
         self.channel.close()
 
     def call(
@@ -109,7 +102,7 @@ class Connection:
         """Say whether ``error`` is a lost connection that is worth waiting for."""
         if not is_lost(error) or self.closed.is_set() or self.reconnect_s <= 0:
             return False
-        return self.met or self._was_connected()
+        return self.met or self._is_there()
 
     def come_back(self, pause_s: float, end: float) -> None:
         """Let ``pause_s`` seconds pass, then wait until there is a connection again.
@@ -124,8 +117,8 @@ class Connection:
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the daemon says that it serves; raise DaemonUnreachable if it does not.
 
-        Waits for events, never by asking again and again: the channel's readiness, then the
-        health service's Watch. A daemon that goes away in between is waited for once more.
+        Waits for events, never by asking again and again: for a connection, then for what the
+        health service's Watch tells. A daemon that goes away in between is waited for once more.
         """
         end = time.monotonic() + timeout_s
         while True:
@@ -159,38 +152,18 @@ class Connection:
                     raise sent_again(self.error(error)) from None
         raise AssertionError("unreachable: there is always another pause")
 
-    def _was_connected(self) -> bool:
-        """Say whether the channel had a connection, for all that one can tell."""
-        with self._states(try_to_connect=False) as states:
-            # the first state is told at once; what is lost leaves the channel idle
-            return states.get() is not grpc.ChannelConnectivity.TRANSIENT_FAILURE
+    def _is_there(self) -> bool:
+        """Say whether anybody answers now, on a channel that has no broken connection yet."""
+        with _open(self.address) as channel:
+            code = _ask(channel, self.reconnect_s, wait=False)
+        return code is not grpc.StatusCode.UNAVAILABLE
 
     def _wait_connected(self, end: float) -> None:
-        with self._states(try_to_connect=True) as states:
-            while True:
-                try:
-                    state = states.get(timeout=remaining(end))
-                except queue.Empty:
-                    raise DaemonUnreachable(self.address) from None
-                if state is grpc.ChannelConnectivity.READY:
-                    return
-                if state is grpc.ChannelConnectivity.SHUTDOWN:
-                    raise DaemonUnreachable(self.address, CLOSED)
-
-    @contextmanager
-    def _states(self, try_to_connect: bool) -> Iterator[_States]:
-        """Listen to the channel's states, and to ``close``."""
-        states: _States = queue.SimpleQueue()
-        self._listening.add(states)
-        try:
-            if self.closed.is_set():
-                states.put(grpc.ChannelConnectivity.SHUTDOWN)
-            else:
-                self.channel.subscribe(states.put, try_to_connect)
-            yield states
-        finally:
-            self._listening.discard(states)
-            self.channel.unsubscribe(states.put)
+        code = _ask(self.channel, remaining(end), wait=True)
+        if self.closed.is_set():
+            raise DaemonUnreachable(self.address, CLOSED)
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise DaemonUnreachable(self.address)
 
     def _wait_serving(self, end: float) -> None:
         health: Any = health_pb2_grpc.HealthStub(self.channel)  # its published types lack Watch
@@ -212,3 +185,20 @@ def _open(address: Address) -> grpc.Channel:
     if address.tls is None:
         return grpc.insecure_channel(address.target, options=address.options())
     return grpc.secure_channel(address.target, address.tls.credentials(), address.options())
+
+
+def _ask(channel: grpc.Channel, timeout_s: float, *, wait: bool) -> grpc.StatusCode:
+    """Call the health service, to learn whether anybody is there; ``wait`` until somebody is.
+
+    Subscribing to the channel's states would do, too, but for that gRPC starts a thread, which
+    raises if the channel is closed at the wrong moment.
+    """
+    health: Any = health_pb2_grpc.HealthStub(channel)  # its published types lack Check
+    try:
+        health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s, wait_for_ready=wait)
+    except grpc.RpcError as error:
+        code: grpc.StatusCode = error.code()
+        return code
+    except ValueError:  # the channel is closed
+        return grpc.StatusCode.CANCELLED
+    return grpc.StatusCode.OK

@@ -192,9 +192,11 @@ class SessionSocket:
             poll.register(self._sock, select.POLLIN)
             if not poll.poll(max(timeout_s, 0) * 1000):
                 return None
-        n, ancillary, flags, _ = self._sock.recvmsg_into(
-            [self._buffer], _FDS_ROOM, socket.MSG_CMSG_CLOEXEC
-        )
+        try:
+            n, ancillary, flags, _ = self._take()
+        except ConnectionResetError:
+            # it hung up on what we had sent, which is told before what it said last
+            n, ancillary, flags, _ = self._take()
         fds = _descriptors(ancillary)
         if n == 0:
             raise ConnectionResetError("the daemon hung up")
@@ -205,6 +207,9 @@ class SessionSocket:
         except ProtocolError:
             _close_all(fds)
             raise
+
+    def _take(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
+        return self._sock.recvmsg_into([self._buffer], _FDS_ROOM, socket.MSG_CMSG_CLOEXEC)
 
     def _sort(self, datagram: Datagram, fds: list[int]) -> None:
         """Give a datagram to whom it is for."""

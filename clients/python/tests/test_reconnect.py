@@ -169,10 +169,9 @@ def test_closing_the_client_ends_the_waiting(daemon: FakeDaemon) -> None:
     client.vms.list()
     daemon.stop()
     raised: list[BaseException] = []
-    # the channel is listened to only by a call that waits for it
-    listens = threading.Event()
-    subscribe = client._connection.channel.subscribe
-    client._connection.channel.subscribe = lambda *args: (subscribe(*args), listens.set())
+    waits = threading.Event()
+    connected = client._connection._wait_connected
+    client._connection._wait_connected = lambda end: (waits.set(), connected(end))
 
     def call() -> None:
         try:
@@ -182,7 +181,7 @@ def test_closing_the_client_ends_the_waiting(daemon: FakeDaemon) -> None:
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    assert listens.wait(20)
+    assert waits.wait(20)
     client.close()
     thread.join(20)
     assert not thread.is_alive()

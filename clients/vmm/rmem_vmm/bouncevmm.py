@@ -71,8 +71,11 @@ class BounceVmm:
         self._host.start_cpu(guest)
         first, npages = PRIVATE.gfns
         self._channel.send(
-            {"event": "launched", "vm": guest.machine.vm, "gfn": first, "npages": npages}
-        )
+            {
+                "event": "launched", "vm": guest.machine.vm, "gfn": first, "npages": npages,
+                "movable": "migrate_folio" in guest.machine.ops,
+            }
+        )  # fmt: skip
         return guest
 
     def _traffic(self, guest: Guest) -> Traffic:

@@ -116,7 +116,7 @@ def as_dict(scenario: Scenario, settings: Settings, reports: Sequence[Report]) -
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("names", nargs=-1, type=click.Choice([*SCENARIOS, "all"]), metavar="NAME...")
+@click.argument("names", nargs=-1, type=click.Choice([*SCENARIOS, "all"]), metavar="[NAME]...")
 @click.option(
     "--vendor", "vendors", multiple=True,
     help="A vendor (tdx, snp, pkvm) or a consumer's full name; may be repeated. Default: all.",

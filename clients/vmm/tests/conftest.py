@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,11 @@ def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.fd"
     path.write_bytes(bytes(range(256)) * 40)
     return path
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory whose path is short enough for sockets, and which other users may enter."""
+    with tempfile.TemporaryDirectory(prefix="rmem-") as made:
+        Path(made).chmod(0o711)
+        yield Path(made)

@@ -118,8 +118,8 @@ class Connection:
     async def wait_ready(self, timeout_s: float) -> None:
         """Wait until the daemon says that it serves; raise DaemonUnreachable if it does not.
 
-        Waits for events, never by asking again and again: the channel's readiness, then the
-        health service's Watch. A daemon that goes away in between is waited for once more.
+        Waits for events, never by asking again and again: for a connection, then for what the
+        health service's Watch tells. A daemon that goes away in between is waited for once more.
         """
         end = time.monotonic() + timeout_s
         while True:

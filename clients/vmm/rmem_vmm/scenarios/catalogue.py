@@ -10,7 +10,8 @@ from .storm import conversion_storm
 from .traffic import bounce
 
 TODAY = {"tdx": "tdx-today", "snp": "snp-move", "pkvm": "pkvm-gmem"}
-MOVABLE = {"tdx": "tdx-relocate", "snp": "snp-move"}
+# the first is migrated, the second punched
+MOVABLE = {"tdx": "tdx-relocate", "snp": "snp-move", "pkvm": "pkvm-gmem"}
 
 SCENARIOS = {
     scenario.name: scenario

@@ -86,9 +86,7 @@ def _post(host: Host, guest: Guest, device: Device, report: Report) -> None:
 
 
 def _refused(host: Host, guest: Guest, device: Device, report: Report) -> None:
-    asked = host.run(
-        guest.cpus[0], [vcpus.unshare(RECEIVE.gpa, RECEIVE.size_bytes), vcpus.halt()]
-    )
+    asked = host.run(guest.cpus[0], [vcpus.unshare(RECEIVE.gpa, RECEIVE.size_bytes), vcpus.halt()])
     wanted, name = STILL_HELD.get(guest.machine.platform, (-EAGAIN, "EAGAIN"))
     report.expect("the guest asks for it as private", asked.call_status, wanted, name)
     try:

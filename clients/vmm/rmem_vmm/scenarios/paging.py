@@ -81,9 +81,7 @@ def _continued(host: Host, guest: Guest, pager: Child, report: Report) -> None:
     report.figures["pages continued"] = told["continued"]
 
 
-def _killed(
-    host: Host, operator: Client, guest: Guest, pager: Child, report: Report
-) -> None:
+def _killed(host: Host, operator: Client, guest: Guest, pager: Child, report: Report) -> None:
     """The pager holds a fault and is killed: the guest gets its page from the daemon."""
     cpu = guest.cpus[0]
     pager.tell({"do": "hold"})
