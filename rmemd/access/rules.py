@@ -92,9 +92,7 @@ def require_file(core: Core, caller: Caller, number: int) -> None:
         granted = core.sessions.alive(caller.session).grants
         there = there and any(grant.file == number for grant in granted)
     if not there:
-        raise NO_SUCH_FILE(
-            f"file/{number} does not exist", field="file", for_log=_whose(owner)
-        )
+        raise NO_SUCH_FILE(f"file/{number} does not exist", field="file", for_log=_whose(owner))
 
 
 def _whose(owner: Owner) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rmem_client import Client, vcpus
+from rmem_client import Client, Event, vcpus
 from rmem_client.constants import PAGE_BYTES
 from rmem_vmm.channel import ChildFailed
 from rmem_vmm.daemon import DaemonProcess
@@ -22,7 +22,7 @@ from rmem_vmm.machine import Range
 from rmem_vmm.ring import Buffer
 from rmem_vmm.scenarios import devices
 from rmem_vmm.scenarios.catalogue import SCENARIOS
-from rmem_vmm.scenarios.report import Report, Settings
+from rmem_vmm.scenarios.report import Report
 from rmem_vmm.units import SIZE
 
 BOUNCE_BYTES = os.environ.get("RMEMD_BOUNCE_BYTES", "64M")
@@ -112,16 +112,6 @@ def test_a_wrong_step_is_an_exit_status() -> None:
     assert report.as_dict()["steps"][1]["wanted"] == "2"
 
 
-def test_a_pin_that_nobody_refuses_is_found_out(daemon: DaemonProcess) -> None:
-    """The scenario's judgement, shown a device that pins nothing: its steps say so."""
-    settings = Settings(str(daemon.socket_dir))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Host, "revoke", lambda *_: None)
-        (report,) = devices.dma_pin_blocks_conversion(settings, ("tdx-today",))
-    wrong = {step.what for step in report.steps if not step.ok}
-    assert {"the guest asks for it as private", "who holds it, as the VMM is told"} <= wrong
-
-
 @pytest.fixture
 def host(daemon: DaemonProcess) -> Iterator[Host]:
     with Host(daemon.socket_dir) as made:
@@ -180,8 +170,7 @@ def test_a_broken_ring_stops_the_device_not_its_process(host: Host, guest: Guest
 def test_a_killed_device_lets_go_of_its_pins(daemon: DaemonProcess, client: Client) -> None:
     """Its end is the daemon's event; the VMM goes on, and the range can be taken back."""
     with Host(daemon.socket_dir) as host, client.watch(kinds=["session_closed"]) as closed:
-        events = iter(closed)
-        next(events)
+        events = (item.fields["session"] for item in closed if isinstance(item, Event))
         guest = host.create("tdx-today", memory_bytes=devices.RAM_BYTES)
         host.launch(guest)
         cpu = host.start_cpu(guest)
@@ -197,7 +186,7 @@ def test_a_killed_device_lets_go_of_its_pins(daemon: DaemonProcess, client: Clie
         ]  # fmt: skip
         assert host.run(cpu, unshare).call_status == -devices.EAGAIN
         host.kill(device.child)
-        assert next(events).fields["session"] == str(device.child.session)
+        assert next(events) == str(device.child.session)
         assert not host.client.files.pins(guest.machine.file).pins
         assert host.run(cpu, unshare).call_status == 0
 
