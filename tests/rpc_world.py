@@ -245,8 +245,7 @@ class World:
             "CloseSession": lambda: session_pb2.CloseSessionRequest(session=self.session),
             "ListSessions": lambda: session_pb2.ListSessionsRequest(),
             "CreateTicket": lambda: session_pb2.CreateTicketRequest(
-                role=session_pb2.ROLE_DEVICE,
-                grants=[session_pb2.Grant(file=sw.file, length_bytes=PAGE)],
+                role=session_pb2.ROLE_GUEST, vm=sw.vm
             ),
             "RevokeGrants": lambda: session_pb2.RevokeGrantsRequest(
                 file=sw.file, length_bytes=PAGE

@@ -86,9 +86,7 @@ class Daemon:
         self.rpc = RpcServer(front, self.services, UNIX_OPTIONS, reflect=True)
         self.tcp: TcpServer | None = None
         if config.tcp.listen:
-            self.tcp = TcpServer(
-                config.tcp, self.engine, self.access, self.observers.all, self.services
-            )
+            self.tcp = TcpServer(config.tcp, self.access, front, self.services)
 
     @property
     def settings(self) -> DaemonSection:

@@ -105,6 +105,8 @@ def _make(path: Path) -> bool:
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
+        if not path.is_symlink() and not path.is_dir():
+            raise
         return False
     return True
 

@@ -8,6 +8,7 @@ force and is logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,10 +18,8 @@ import structlog
 from rmemd.access.callers import Access
 from rmemd.daemon.config import TcpSection
 from rmemd.daemon.corelog import CoreLog
-from rmemd.engine.engine import Engine
 from rmemd.rpc.dispatch import Front
 from rmemd.rpc.doors import LoopbackDoor, TlsDoor
-from rmemd.rpc.observe import Observer
 from rmemd.rpc.server import TCP_OPTIONS, RpcServer, Service
 
 log = structlog.get_logger("rmemd.tcp")
@@ -37,15 +36,15 @@ class TcpServer:
     def __init__(
         self,
         settings: TcpSection,
-        engine: Engine,
         access: Access,
-        observers: Sequence[Observer],
+        front: Front,
         services: Sequence[Service],
     ) -> None:
         self._settings = settings
         self._credentials = None if settings.insecure else _Certificates(settings).credentials()
         door = LoopbackDoor(access) if settings.insecure else TlsDoor(access, settings.trust_domain)
-        self.rpc = RpcServer(Front(engine, door, observers), services, TCP_OPTIONS, reflect=False)
+        # the same front behind another door: once-only holds whichever way a client comes
+        self.rpc = RpcServer(replace(front, door=door), services, TCP_OPTIONS, reflect=False)
         self._core_log = CoreLog()
 
     def start(self) -> str:

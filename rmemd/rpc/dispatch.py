@@ -114,7 +114,6 @@ def add_service(
     handlers = {
         method.name: _handler(front, descriptor, method, getattr(service, method.name))
         for method in descriptor.methods
-        if hasattr(service, method.name)
     }
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(descriptor.full_name, handlers),)

@@ -151,7 +151,7 @@ def migrate(
     engine: Engine, request: pb.MigrateRequest, report: Report | None = None, who: str = ""
 ) -> pb.MigrateResponse:
     """Move pages, telling ``report`` on the way; return the reply."""
-    _, pfns = engine.read(lambda core: _to_move(core, request))
+    _, pfns = engine.read(lambda core: to_move(core, request))
     node = request.node if request.HasField("node") else None
     done = engine.migrate(pfns, node, report, who)
     return pb.MigrateResponse(revision=engine.revision, report=_report(done))
@@ -198,7 +198,13 @@ def _resolve(core: Core, address: pb.PageAddress) -> int:
     )
 
 
-def _to_move(core: Core, request: pb.MigrateRequest) -> I64:
+def to_move(core: Core, request: pb.MigrateRequest) -> I64:
+    """Return the frames that a request names, int64.
+
+    Raises:
+        InvalidArgument: BAD_REQUEST, BAD_RANGE.
+        NotFound: NO_SUCH_VM.
+    """
     named = sum(wanted.npages for wanted in (*request.pfns, *request.gfns))
     if named > core.host.nframes:
         raise BAD_RANGE(

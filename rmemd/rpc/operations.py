@@ -35,6 +35,8 @@ class JobService:
         self._jobs = jobs
 
     def StartMigrate(self, request: host_pb2.MigrateRequest, call: Call) -> lro.Operation:
+        # what names nothing is refused now, not in the operation
+        self._engine.read(lambda core: host.to_move(core, request))
         return self._jobs.start(
             "migrate", tenant_of(call),
             lambda report, who: host.migrate(self._engine, request, report, who),

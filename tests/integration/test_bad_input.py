@@ -22,7 +22,7 @@ from daemons import DEBUGGABLE, METHODS, PATIENCE_SECONDS, Answer, Daemon, Rpc, 
 from google.protobuf.message import Message
 from rpc_world import GUEST_MEMFD, PAGE, PRIVATE, World, whole_state
 
-from rmem.v1 import file_pb2, host_pb2, types_pb2, vcpu_pb2, vm_pb2
+from rmem.v1 import file_pb2, host_pb2, session_pb2, types_pb2, vcpu_pb2, vm_pb2
 from rmem_client import Event, RmemError, vcpus
 
 TOP = 1 << 63
@@ -53,7 +53,7 @@ def world(shared: Daemon) -> World:
 def refused(world: World, name: str, request: Message) -> Answer:
     """Make a call that must be refused, and change nothing."""
     before = whole_state(world.rpc)
-    answer = world.rpc.call(name, request)
+    answer = world.rpc.call(name, request, metadata=world.sent_with(name))
     assert not answer.ok, f"{name} was taken: {request}"
     assert answer.refusal is not None, answer.message
     assert whole_state(world.rpc) == before, f"{name}: {answer.message}"
@@ -312,12 +312,15 @@ def test_a_closed_file_and_a_finalized_vm(daemon: Daemon) -> None:
 # --- handles -------------------------------------------------------------------------------------
 KINDS = {
     "vm": ("NO_SUCH_VM", errno.ENOENT), "file": ("NO_SUCH_FILE", EBADF),
+    "session": ("NO_SUCH_SESSION", errno.ENOENT),
     "pin": ("NO_SUCH_PIN", errno.ENOENT), "rule": ("NO_SUCH_RULE", errno.ENOENT),
 }  # fmt: skip
 # 0 means all or any, or the handle is an output, or a filter for what is gone as well
 FREE = {
     ("GetAccounting", "vm"): {0}, ("AddFaultRule", "rule.vm"): {0},
-    ("AddFaultRule", "rule.rule"): 0, ("Watch", "vm"): 0,
+    ("AddFaultRule", "rule.rule"): 0, ("Watch", "vm"): 0, ("ListPins", "file"): {0},
+    # 0 is the caller's own
+    ("CloseSession", "session"): {0},
 }  # fmt: skip
 
 
@@ -348,7 +351,9 @@ def stale(world: World) -> dict[str, int]:
     world.must("UnpinPages", file_pb2.UnpinPagesRequest(pin=pin))
     rule = world.must("AddFaultRule", world.valid("AddFaultRule")).rule
     world.must("RemoveFaultRule", host_pb2.RemoveFaultRuleRequest(rule=rule))
-    return {"vm": gone.vm, "file": gone.file, "pin": pin, "rule": rule}
+    session = world.must("OpenSession").session.session
+    world.must("CloseSession", session_pb2.CloseSessionRequest(session=session))
+    return {"vm": gone.vm, "file": gone.file, "pin": pin, "rule": rule, "session": session}
 
 
 @pytest.mark.parametrize(("name", "path", "kind"), HANDLES)

@@ -186,8 +186,9 @@ def test_a_hundred_deaths_in_random_states(
         print(f"\n{DEATHS} deaths: released {sorted(took)[DEATHS // 2] * 1e3:.1f} ms (median), "
               f"{max(took) * 1e3:.1f} ms (max) after the pidfd event, as a watcher sees it; "
               f"{max(inside):.1f} ms (max) in the daemon")  # fmt: skip
-    assert max(inside) < RELEASED_SECONDS * 1e3
-    assert sorted(took)[DEATHS // 2] < RELEASED_SECONDS
+    # a machine whose cores are busy elsewhere is late now and then, whoever it is that waits
+    assert sorted(inside)[len(inside) * 95 // 100] < RELEASED_SECONDS * 1e3
+    assert sorted(took)[DEATHS * 95 // 100] < RELEASED_SECONDS
 
 
 def _inside(daemon: Daemon, why: str) -> list[float]:
