@@ -115,11 +115,14 @@ class SessionServer:
         self._watcher.join(seconds)
         if self._watcher.is_alive():
             log.warning("sessions_left", sessions=sorted(self._by_number))
+        else:
+            self._close()
 
     def wake(self) -> None:
         """Have the watcher look at everything again; from any thread, and never blocking."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._wakeup, 1)
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if self._wakeup >= 0:
+                os.eventfd_write(self._wakeup, 1)
 
     def fds_passed(self, tenant: str) -> int:
         """Return how many descriptors a tenant was given by sessions that live."""
@@ -140,7 +143,6 @@ class SessionServer:
             except Exception as error:
                 # whatever it was, nobody else would see clients die
                 log.error("watcher_failed", exc_info=error)
-        self._close()
 
     def _look(self, events: list[tuple[int, int]]) -> None:
         connecting = False
@@ -423,6 +425,8 @@ class SessionServer:
         self._access.on_lease = lambda: None
         self._epoll.close()
         self._listener.close()
-        for fd in (self._wakeup, self._spare):
-            if fd >= 0:
-                os.close(fd)
+        with self._lock:
+            for fd in (self._wakeup, self._spare):
+                if fd >= 0:
+                    os.close(fd)
+            self._wakeup = self._spare = -1

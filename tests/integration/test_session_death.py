@@ -237,13 +237,12 @@ def test_death_while_a_vcpu_runs(daemon: Daemon, clients: Clients, watch: Watch)
     one = clients().open(daemon.socket_dir)
     client = daemon.client(token=one.token)
     vm, _ = make_vm(client)
-    client.vcpus.set_programme(
-        vm, 0, [vcpus.touch(0, NPAGES * PAGE, private=True), vcpus.loop(0, 1 << 30)]
-    )
+    for_ever = [vcpus.touch(0, NPAGES * PAGE, private=True), vcpus.loop(0, 1 << 30)]
+    client.vcpus.set_programme(vm, 0, for_ever)
     running = threading.Thread(target=_run, args=(client, vm))
     running.start()
     # it is inside the guest
-    assert eventually(lambda: _refuses_to_run(client, vm))
+    assert eventually(lambda: _is_running(client, vm, for_ever))
     one.kill()
     wait_closed(watch, one.session)
     running.join(30)
@@ -251,9 +250,9 @@ def test_death_while_a_vcpu_runs(daemon: Daemon, clients: Clients, watch: Watch)
     assert ledger(daemon) == before
 
 
-def _refuses_to_run(client: Client, vm: int) -> bool:
+def _is_running(client: Client, vm: int, programme: list[Any]) -> bool:
     try:
-        client.vcpus.set_programme(vm, 0, [])
+        client.vcpus.set_programme(vm, 0, programme)
     except Busy:
         return True
     return False

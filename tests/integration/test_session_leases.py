@@ -19,6 +19,7 @@ from rmem_client.errors import Denied, NotFound
 from rmem_client.session import Session
 from rmemd.access.callers import TCP, Access, policy_of
 from rmemd.engine.engine import Engine
+from rmemd.engine.listeners import Revoked
 from rmemd.model.sessions import Owner
 from rmemd.session.descriptors import Passed, require_sealed, send
 from rmemd.session.server import SessionServer
@@ -262,3 +263,26 @@ def test_descriptors_are_counted_until_the_session_ends(engine: Engine) -> None:
     passed.forget(2)
     passed.forget(2)
     assert passed.of("a") == 0
+
+
+def test_a_client_that_does_not_read_in_time_is_ended(
+    access: Access, server: SessionServer, clock: Clock
+) -> None:
+    """The clock, and not the number of its notices, decides here."""
+    core = access._engine.core
+    with Session.open(server._path.parent) as idle:
+        connection = server._by_number[idle.number]
+
+        def fill() -> bool:
+            for _ in range(64):
+                core.listeners.tell(idle.number, Revoked(1, 0, 1, 1))
+            return connection.blocked_since is not None
+
+        assert eventually(fill)
+        clock.advance(4.9)
+        server.wake()
+        assert core.sessions.exists(idle.number)
+        clock.advance(0.2)
+        server.wake()
+        assert gone(access, idle.number)
+        assert connection.why == "slow reader"
