@@ -78,7 +78,9 @@ class Daemon:
         self.observers = Observers(config, self.engine, version("rmemd"))
         self._put_in_force(config)
         self.jobs = Jobs(self.engine)
-        self.sessions = SessionServer(self.engine, self.access, self.directory.session)
+        self.sessions = SessionServer(
+            self.engine, self.access, self.directory.session, observers=self.observers.all
+        )
         self.services = make_services(
             self.engine, self.access, version("rmemd"), self.sessions.fds_passed, self.jobs
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
+
 from rmem.v1 import session_pb2 as pb
 from rmemd.access.callers import Access, Caller, Ticket
 from rmemd.access.rules import require_file, require_vm
@@ -14,6 +16,8 @@ from rmemd.errors import BAD_REQUEST, NO_SUCH_SESSION, ROLE_DENIED
 from rmemd.model.sessions import GrantRange, SessionInfo
 from rmemd.rpc.dispatch import Call, open_streams
 from rmemd.units import PAGE_SHIFT, PAGE_SIZE, is_page_aligned
+
+log = structlog.get_logger("rmemd.session")
 
 ROLES: dict[str, pb.Role.ValueType] = {
     "host": pb.ROLE_HOST, "guest": pb.ROLE_GUEST, "device": pb.ROLE_DEVICE, "admin": pb.ROLE_ADMIN,
@@ -50,6 +54,7 @@ class SessionService:
         except BaseException:
             access.close(info.session)
             raise
+        log.info("session_opened", session=info.session, role=info.role, tenant=info.tenant)
         revision, session = self._engine.read(lambda core: self._describe(core, info))
         return pb.OpenSessionResponse(revision=revision, session=session, token=token)
 
@@ -61,6 +66,10 @@ class SessionService:
         number = request.session or call.caller.session
         self._engine.read(lambda core: _require_session(core, call.caller, number))
         closed = self._access.close(number)
+        log.info(
+            "session_close_called", session=number, released_pages=closed.released_pages,
+            vms=list(closed.vms), by=call.caller.tenant,
+        )  # fmt: skip
         return pb.CloseSessionResponse(
             revision=self._engine.revision, released_pages=closed.released_pages,
             vms=len(closed.vms),

@@ -6,7 +6,8 @@ Owns the way from a record to the engine and its result back: what must be zero,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from rmemd.errors import (
     RmemError,
 )
 from rmemd.rpc.dispatch import name_error
+from rmemd.rpc.observe import Called, Observer, tell
 from rmemd.rpc.status import refusal_of, shorten
 from rmemd.session.wire import RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
 from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
@@ -49,9 +51,17 @@ class Operations:
         engine: whose methods they are.
         caller: who asks.
         is_over: whether the session has ended; then nothing more is carried out.
+        observers: told of each record as of a call.
     """
 
-    def __init__(self, engine: Engine, caller: Caller, is_over: Callable[[], bool] = never) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        caller: Caller,
+        is_over: Callable[[], bool] = never,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self._observers = observers
         self._engine = engine
         self._caller = caller
         self._is_over = is_over
@@ -79,6 +89,7 @@ class Operations:
 
     def _one(self, frame: Frame, record: Record, reply: Reply) -> bool:
         """Carry one record out; return whether it was."""
+        begun = time.perf_counter() if self._observers else 0.0
         try:
             data = self.check(frame, record)
             handler = self._handlers.get(record.op)
@@ -86,10 +97,19 @@ class Operations:
                 raise BAD_REQUEST("FD is alone in its datagram", field="op")
             value, payload = handler(record, data, reply.room)
         except Exception as error:
-            self.refuse(reply, record, error, frame.sequence)
+            refusal = self.refuse(reply, record, error, frame.sequence)
+            self._tell(record, begun, refusal.reason.kind.code, refusal.reason.name)
             return False
         reply.done(record.tag, value, self._engine.revision, payload)
+        self._tell(record, begun, "OK")
         return True
+
+    def _tell(self, record: Record, begun: float, code: str, reason: str = "") -> None:
+        if self._observers:
+            took = time.perf_counter() - begun
+            method = RULES.get(record.op, "Session/unknown")
+            named = f"session {self._caller.session}"
+            tell(self._observers, Called(method, code, reason, took, named))
 
     def check(self, frame: Frame, record: Record) -> bytes:
         """Check what all ops have in common, and whether the caller may; return the payload.
@@ -121,8 +141,8 @@ class Operations:
             )
         return bytes(frame.payload[record.payload_offset : end])
 
-    def refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> None:
-        """Answer a record with what was raised."""
+    def refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
+        """Answer a record with what was raised; return that as a refusal."""
         revision = self._engine.revision
         refusal = name_error(error, f"session {self._caller.session} datagram {sequence}")
         message = session_pb2.SessionRefusal(
@@ -134,6 +154,7 @@ class Operations:
             record.tag, refusal.errno, message.code, revision, message.SerializeToString(),
             refusal.details.progress_pages or 0,
         )  # fmt: skip
+        return refusal
 
     def _cancel(self, reply: Reply, record: Record) -> None:
         reply.refused(record.tag, ECANCELED, CANCELLED_CODE, self._engine.revision, b"", 0)

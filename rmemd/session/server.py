@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -26,6 +26,7 @@ from rmemd.engine.engine import Engine
 from rmemd.engine.listeners import News
 from rmemd.engine.sessions import Closed
 from rmemd.errors import TOO_MANY, RmemError
+from rmemd.rpc.observe import Observer
 from rmemd.session.connection import Connection
 from rmemd.session.descriptors import Passed
 from rmemd.session.peer import identify
@@ -56,6 +57,7 @@ class SessionServer:
         path: where the socket is bound; the caller has seen to it that nothing is there, and
             gives it the mode by which others may connect.
         clock: seconds, for leases and slow readers; that of ``access``.
+        observers: told of each record as of a call.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class SessionServer:
         access: Access,
         path: Path,
         clock: Callable[[], float] = time.monotonic,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        self._observers = observers
         self._engine = engine
         self._access = access
         self._path = path
@@ -245,7 +249,7 @@ class SessionServer:
     def _serve(self, connection: Connection) -> None:
         why = FAILED
         try:
-            talk = Talk(connection, self._engine, self._access, self._passed)
+            talk = Talk(connection, self._engine, self._access, self._passed, self._observers)
             try:
                 talk.open()
                 self._listen_for(connection)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Sequence
 
 import structlog
 
@@ -19,6 +20,7 @@ from rmemd.engine.engine import Engine
 from rmemd.errors import BAD_REQUEST, TOKEN_UNKNOWN, RmemError
 from rmemd.model.sessions import SessionInfo
 from rmemd.rpc.dispatch import name_error
+from rmemd.rpc.observe import Observer
 from rmemd.rpc.status import refusal_of
 from rmemd.session import descriptors
 from rmemd.session.connection import Connection
@@ -54,8 +56,14 @@ class Talk:
     """One connection's conversation."""
 
     def __init__(
-        self, connection: Connection, engine: Engine, access: Access, passed: Passed
+        self,
+        connection: Connection,
+        engine: Engine,
+        access: Access,
+        passed: Passed,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        self._observers = observers
         self._connection = connection
         self._sock = connection.sock
         self._engine = engine
@@ -86,7 +94,9 @@ class Talk:
         if not self._connection.adopt(info):
             self._abandon(info)
         self._caller = Caller(info.tenant, info.role, info.session, info.vm, SOCKET)
-        self._operations = Operations(self._engine, self._caller, self._connection.is_over)
+        self._operations = Operations(
+            self._engine, self._caller, self._connection.is_over, self._observers
+        )
         self._token = token
         self._info = info
 

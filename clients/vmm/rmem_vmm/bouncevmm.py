@@ -16,7 +16,8 @@ from rmem_client.constants import PAGE_BYTES
 
 from .bounce import CONTROL_BYTES, Traffic
 from .channel import Channel, ChildFailed, Hangup, Message
-from .host import HIGH_GPA, GrantSpec, Guest, Host
+from .guestvm import HIGH_GPA, GrantSpec, Guest
+from .host import Host
 from .machine import Range
 from .vmm import VmmFailed
 
@@ -41,11 +42,12 @@ class BounceVmm:
         self._channel = channel
         self._spec = spec
         self._rounds = 0
+        self._guest: Guest | None = None
         self.figures: dict[str, Any] = {"punched_pages": 0, "punches": 0, "not_punched": 0}
 
     def run(self) -> dict[str, Any]:
         """Move all bytes; return the figures."""
-        guest = self._launch()
+        self._guest = guest = self._launch()
         cpu, spec = guest.cpus[0], self._spec
         self._host.run(cpu, [vcpus.share(POOL.gpa, POOL.size_bytes), vcpus.halt()])
         grant = GrantSpec(POOL, mapped=True)
@@ -59,8 +61,11 @@ class BounceVmm:
             "rounds": done["rounds"], "guest_pages": done["checked_pages"],
             "device_pages": checked["pages"], "device_wrong": checked["wrong_pages"],
             "requests": checked["requests"], "pins": checked["pins"], **self.figures,
-            "freed_pages": self._host.destroy(guest),
         }  # fmt: skip
+
+    def destroy(self) -> int:
+        """Destroy the guest, if there is one; return how many pages that freed."""
+        return 0 if self._guest is None else self._host.destroy(self._guest)
 
     def _launch(self) -> Guest:
         guest = self._host.create(
@@ -108,9 +113,11 @@ def main() -> int:
         spec, _ = channel.receive()
         with Host(spec["socket_dir"]) as host:
             channel.send({"event": "ready", "session": host.session.number})
-            figures = BounceVmm(host, channel, spec).run()
-        channel.send({"event": "done", **figures})
-        channel.receive()
+            vmm = BounceVmm(host, channel, spec)
+            channel.send({"event": "done", **vmm.run()})
+            # somebody may still be moving its pages
+            channel.receive()
+            channel.send({"event": "gone", "freed_pages": vmm.destroy()})
     except Hangup:
         return os.EX_OK
     except (ChildFailed, RmemError, VmmFailed) as error:

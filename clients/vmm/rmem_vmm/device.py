@@ -234,11 +234,15 @@ class DeviceProcess:
 
     def _deliver(self, data: bytes) -> None:
         """Something came in from outside: fill the oldest receive buffer and give it back."""
-        if self._queue is None or not isinstance(self._device, Checker):
+        if self._queue is None or not isinstance(self._device, Checker) or not self._device.kept:
             return
-        chain, written = self._device.deliver(data, self._queue.regions)
-        self._complete(self._queue, chain.head, written)
-        self._channel.send({"event": "released", "head": chain.head})
+        head = self._device.kept[0].head
+        try:
+            _, written = self._device.deliver(data, self._queue.regions)
+        except (BadAddress, BadChain) as error:
+            return self._refuse(self._queue, BadChain(head, str(error)))
+        self._complete(self._queue, head, written)
+        self._channel.send({"event": "released", "head": head})
 
     def _reach(self, order: Message) -> dict[str, Any]:
         """Try to get at guest memory through the mapping, and through the daemon."""

@@ -6,6 +6,7 @@ Owns the command and its screen. The daemon is one of its own unless a directory
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -156,6 +157,8 @@ def scenario(
         console = Console(highlight=False, width=WIDTH)
     if not names:
         return listed(console)
+    # the daemon and the children are ended on the way out
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     wanted = list(SCENARIOS.values()) if "all" in names else [SCENARIOS[name] for name in names]
     outcomes = []
     try:

@@ -162,4 +162,4 @@ def test_a_daemon_that_cannot_start_is_a_clear_failure(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "rmemd did not become ready" in done.stderr
-    assert "--host-memory is 2M a node at least" in done.stderr
+    assert "2M a node at least" in done.stderr

@@ -16,7 +16,8 @@ from .. import driver, pattern
 from .. import guest as guests
 from ..channel import Message
 from ..cpu import Outcome
-from ..host import HIGH_GPA, QUEUE_ENTRIES, Device, GrantSpec, Guest, Host
+from ..guestvm import HIGH_GPA, Device, GrantSpec, Guest
+from ..host import QUEUE_ENTRIES, Host
 from ..machine import Range
 from ..ring import Buffer, Layout
 from ..virtio import (
@@ -60,14 +61,14 @@ def dma_pin_blocks_conversion(settings: Settings, consumers: tuple[str, ...]) ->
             ])  # fmt: skip
             grants = [GrantSpec(QUEUE), GrantSpec(RECEIVE)]
             device = host.start_device(guest, "checker", QUEUE.gpa, grants)
-            _post(host, guest, device, report)
+            post(host, guest, device, report)
             _refused(host, guest, device, report)
             _let_go(host, guest, device, report, settings.seed)
             _converted(host, guest, device, report)
             yield report
 
 
-def _post(host: Host, guest: Guest, device: Device, report: Report) -> None:
+def post(host: Host, guest: Guest, device: Device, report: Report) -> None:
     """Post a receive buffer: the device holds it from now until something comes in."""
     header = CHECK_HEADER.pack(CHECK_RECEIVE, RECEIVE.npages, RECEIVE.gpa, 0, 0)
     buffers = [

@@ -16,7 +16,8 @@ from rmem_client.vcpus import Instruction
 from .. import guest as guests
 from ..channel import Child
 from ..cpu import TO_VMM, Outcome
-from ..host import HIGH_GPA, Guest, Host
+from ..guestvm import HIGH_GPA, Guest
+from ..host import Host
 from ..machine import Range
 from .report import Report, Settings
 

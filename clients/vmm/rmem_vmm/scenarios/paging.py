@@ -17,7 +17,8 @@ from rmem_client.constants import PAGE_BYTES
 from .. import guest as guests
 from .. import pattern
 from ..channel import Child, Message
-from ..host import Guest, Host
+from ..guestvm import Guest
+from ..host import Host
 from ..machine import Range
 from .report import Report, Settings
 

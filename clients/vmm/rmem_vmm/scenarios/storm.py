@@ -15,7 +15,8 @@ from rmem_client.vcpus import Instruction
 from .. import guest as guests
 from ..bounce import CONTROL_BYTES, Traffic
 from ..channel import Message
-from ..host import HIGH_GPA, GrantSpec, Guest, Host
+from ..guestvm import HIGH_GPA, GrantSpec, Guest
+from ..host import Host
 from ..machine import Range
 from .report import Report, Settings
 
