@@ -48,6 +48,16 @@ def test_the_console_session_works(daemon: Daemon) -> None:
     assert "16 moved" in done.stdout
 
 
+def test_the_scenarios_that_it_names_are_there() -> None:
+    lines = re.findall(r"^\$ (.*?)(?:\s+#.*)?$", CONSOLES[2], re.MULTILINE)
+    listed = subprocess.run(
+        [BIN / "rmem-vmm", "scenario"], text=True, capture_output=True, check=True
+    ).stdout
+    named = [line.partition("scenario ")[2] for line in lines]
+    assert [name for name in named if name not in listed] == []
+    assert len(list(filter(None, named))) == 2
+
+
 def test_the_python_example_works(daemon: Daemon) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     example = example.replace("/tmp/rm", str(daemon.socket_dir))
