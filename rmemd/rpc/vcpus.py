@@ -85,9 +85,10 @@ def _encode(exited: Exited, revision: int) -> pb.RunVcpuResponse:
         revision=revision, exit_reason=cast("pb.ExitReason.ValueType", int(exited.reason)),
         errno=exited.errno, flags=exited.flags,
         gpa=exited.gpa, size_bytes=exited.size, value=exited.value, text=exited.text,
-        vendor_status=exited.status & U64_MAX, instructions=vcpu.instructions, checked_pages=vcpu.checked,
-        mismatched_pages=vcpu.mismatched, first_mismatch_gfn=vcpu.first_mismatch,
         # a vendor's status may be negative (SMCCC's are): its bits travel
+        vendor_status=exited.status & U64_MAX, instructions=vcpu.instructions,
+        checked_pages=vcpu.checked, mismatched_pages=vcpu.mismatched,
+        first_mismatch_gfn=vcpu.first_mismatch,
         call_status=vcpu.call_status & U64_MAX, call_status_name=vcpu.call_status_name,
     )  # fmt: skip
     if exited.refusal is not None:
