@@ -7,7 +7,6 @@ them in again in the next.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -15,7 +14,7 @@ from rmem_client import RmemError, vcpus
 from rmem_client.constants import PAGE_BYTES
 
 from .bounce import CONTROL_BYTES, Traffic
-from .channel import Channel, ChildFailed, Hangup, Message
+from .channel import Channel, ChildFailed, Message, be_child
 from .guestvm import HIGH_GPA, GrantSpec, Guest
 from .host import Host
 from .machine import Range
@@ -106,24 +105,20 @@ class BounceVmm:
         self._channel.send({"event": "round", "round": self._rounds})
 
 
+def _serve(channel: Channel) -> None:
+    spec, _ = channel.receive()
+    with Host(spec["socket_dir"]) as host:
+        channel.send({"event": "ready", "session": host.session.number})
+        vmm = BounceVmm(host, channel, spec)
+        channel.send({"event": "done", **vmm.run()})
+        # somebody may still be moving its pages
+        channel.receive()
+        channel.send({"event": "gone", "freed_pages": vmm.destroy()})
+
+
 def main() -> int:
     """Be one VMM; return the exit status."""
-    channel = Channel.inherited(int(sys.argv[1]))
-    try:
-        spec, _ = channel.receive()
-        with Host(spec["socket_dir"]) as host:
-            channel.send({"event": "ready", "session": host.session.number})
-            vmm = BounceVmm(host, channel, spec)
-            channel.send({"event": "done", **vmm.run()})
-            # somebody may still be moving its pages
-            channel.receive()
-            channel.send({"event": "gone", "freed_pages": vmm.destroy()})
-    except Hangup:
-        return os.EX_OK
-    except (ChildFailed, RmemError, VmmFailed) as error:
-        channel.send({"event": "failed", "text": str(error)})
-        return os.EX_SOFTWARE
-    return os.EX_OK
+    return be_child(_serve, ChildFailed, RmemError, VmmFailed)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ vhost-user does it. A child that ends is noticed as the end of its channel.
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 MESSAGE_MAX = 128 * 1024
@@ -88,6 +89,24 @@ class Channel:
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
+
+
+def be_child(serve: Callable[[Channel], None], *failures: type[Exception]) -> int:
+    """Be a child with a channel, whose number is the first argument; return the exit status.
+
+    Args:
+        serve: what it does, until it is done or nobody is at the other end.
+        failures: what ends it with a message that says why.
+    """
+    channel = Channel.inherited(int(sys.argv[1]))
+    try:
+        serve(channel)
+    except Hangup:
+        return os.EX_OK
+    except failures as error:
+        channel.send({"event": "failed", "text": f"{type(error).__name__}: {error}"})
+        return os.EX_SOFTWARE
+    return os.EX_OK
 
 
 class Child:

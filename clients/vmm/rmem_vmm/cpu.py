@@ -11,7 +11,6 @@ requests) it stores by ``GuestMemory``.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -24,7 +23,7 @@ from rmem_client.constants import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from rmem_client.session import Session
 from rmem_client.vcpus import Instruction
 
-from .channel import Channel, Hangup, Message
+from .channel import Channel, Message, be_child
 
 RUN_DEADLINE_S = 60.0
 EFAULT = 14
@@ -220,15 +219,7 @@ class Orders:
 
 def main() -> int:
     """Be one vCPU; return the exit status."""
-    channel = Channel.inherited(int(sys.argv[1]))
-    try:
-        _serve(channel)
-    except Hangup:
-        return os.EX_OK
-    except (GuestLost, RmemError, OSError, ValueError) as error:
-        channel.send({"event": "failed", "text": f"{type(error).__name__}: {error}"})
-        return os.EX_SOFTWARE
-    return os.EX_OK
+    return be_child(_serve, GuestLost, RmemError, OSError, ValueError)
 
 
 if __name__ == "__main__":

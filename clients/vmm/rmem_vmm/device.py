@@ -19,7 +19,7 @@ from rmem_client import RmemError
 from rmem_client.session import Session
 from rmem_client.shared import SharedMemory
 
-from .channel import Channel, Hangup, Message
+from .channel import Channel, Hangup, Message, be_child
 from .ring import (
     BadAddress,
     BadChain,
@@ -286,15 +286,7 @@ def _serve(channel: Channel) -> None:
 
 def main() -> int:
     """Be one device; return the exit status."""
-    channel = Channel.inherited(int(sys.argv[1]))
-    try:
-        _serve(channel)
-    except Hangup:
-        return os.EX_OK
-    except (BadAddress, RmemError, OSError, ValueError) as error:
-        channel.send({"event": "failed", "text": f"{type(error).__name__}: {error}"})
-        return os.EX_SOFTWARE
-    return os.EX_OK
+    return be_child(_serve, BadAddress, RmemError, OSError, ValueError)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rmem_client.constants import PAGE_BYTES
 from rmem_client.session import Session
 from rmem_client.sessionwire import Notice
 
-from .channel import Channel, Hangup, Message
+from .channel import Channel, Hangup, Message, be_child
 
 # what one record of the session socket carries at most
 PIECE_BYTES = 128 * 1024
@@ -96,20 +96,16 @@ def _where(notice: Notice) -> Message:
     }  # fmt: skip
 
 
+def _serve(channel: Channel) -> None:
+    spec, fds = channel.receive()
+    with Session.open(spec["socket_dir"], role="host") as session:
+        channel.send({"event": "ready", "session": session.number})
+        Pager(session, channel, fds[0]).serve()
+
+
 def main() -> int:
     """Be a pager; return the exit status."""
-    channel = Channel.inherited(int(sys.argv[1]))
-    try:
-        spec, fds = channel.receive()
-        with Session.open(spec["socket_dir"], role="host") as session:
-            channel.send({"event": "ready", "session": session.number})
-            Pager(session, channel, fds[0]).serve()
-    except Hangup:
-        return os.EX_OK
-    except (RmemError, OSError) as error:
-        channel.send({"event": "failed", "text": f"{type(error).__name__}: {error}"})
-        return os.EX_SOFTWARE
-    return os.EX_OK
+    return be_child(_serve, RmemError, OSError)
 
 
 if __name__ == "__main__":
