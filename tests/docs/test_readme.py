@@ -58,6 +58,20 @@ def test_the_scenarios_that_it_names_are_there() -> None:
     assert len(list(filter(None, named))) == 2
 
 
+def test_the_clients_session_example_works(daemon: Daemon) -> None:
+    page = (ROOT / "clients" / "python" / "README.md").read_text()
+    (example,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        if "Session.open" in block
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", example.replace("/tmp/rm", str(daemon.socket_dir))],
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["b'hello' 1", "b'hello'"]
+
+
 def test_the_python_example_works(daemon: Daemon) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     example = example.replace("/tmp/rm", str(daemon.socket_dir))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     )
     from .packed import Frames, Range, pack_ranges, unpack_frames, unpack_ranges
     from .paths import default_socket_dir
+    from .session import Session
+    from .shared import SharedMemory
     from .watch import Event, Lost, Progress, Watch, WatchItem
 
 __all__ = [
@@ -60,6 +62,8 @@ __all__ = [
     "Range",
     "Refused",
     "RmemError",
+    "Session",
+    "SharedMemory",
     "Tls",
     "Unavailable",
     "Unsupported",
@@ -71,6 +75,9 @@ __all__ = [
     "unpack_ranges",
 ]
 
+# where the names of ``__all__`` are, those that are cheap to import first
+HOMES = ("paths", "packed", "errors", "address", "shared", "session", "watch", "client")
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
@@ -78,7 +85,16 @@ if not TYPE_CHECKING:
         from importlib import import_module
 
         if name in __all__:
-            for home in ("paths", "packed", "errors", "address", "watch", "client"):
+            for home in (
+                "paths",
+                "packed",
+                "errors",
+                "address",
+                "shared",
+                "session",
+                "watch",
+                "client",
+            ):
                 module = import_module(f"{__name__}.{home}")
                 if hasattr(module, name):
                     return globals().setdefault(name, getattr(module, name))

@@ -11,7 +11,7 @@ from .errors import NotFound, RmemError
 
 
 def reset(client: Client) -> str:
-    """Remove fault rules, VMs, files and pins, bring frames online; return what is not as new.
+    """Remove rules, sessions, VMs, files and pins, bring frames online; return what is not as new.
 
     Everybody's, not only this client's: the daemon must be one's own. The answer is "" if every
     frame is free again. Handles and revisions go on counting.
@@ -33,6 +33,9 @@ def _remove_all(client: Client) -> None:
     # first, so that nothing below meets one
     for rule in client.host.list_faults().rules:
         client.host.remove_fault(rule.rule)
+    for session in client.sessions.list().sessions:
+        with suppress(NotFound):  # it went with the one that it was opened below
+            client.sessions.close(session.session)
     for vm in client.vms.list().vms:
         client.vms.destroy(vm.vm)
     for file in client.files.list().files:

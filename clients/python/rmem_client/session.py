@@ -1,7 +1,7 @@
 """A session on the session socket: who one is, descriptors, and the hot operations.
 
 Owns ``Session``, which lives as long as its process and socket do: when either ends, the daemon
-lets go of everything that the session holds. It needs no gRPC; ``Client(token=session.token)``
+lets go of everything that the session holds. It needs no gRPC; ``Session.client``
 makes gRPC calls in its name.
 """
 
@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import sessioncalls as calls
 from .sessioncalls import Call, Converted
 from .sessionsocket import SessionSocket
 from .sessionwire import Notice, Record, Result
 from .shared import SharedMemory
+
+if TYPE_CHECKING:
+    from .client import Client
 
 T = TypeVar("T")
 DEADLINE_S = 30.0
@@ -83,6 +86,17 @@ class Session:
     def close(self) -> None:
         """End the session; the daemon lets go of everything that it holds."""
         self._sock.close()
+
+    def client(self, **options: Any) -> Client:
+        """Return a new ``Client`` of the same daemon whose calls are this session's.
+
+        Args:
+            options: what else ``Client`` takes.
+        """
+        # gRPC is loaded where it is used: a device process may never need it
+        from .client import Client
+
+        return Client(self._sock.path.parent, token=self.token, **options)
 
     def fileno(self) -> int:
         """Return the socket's descriptor; it is readable when a notice waits."""
