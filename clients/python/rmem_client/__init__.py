@@ -76,7 +76,7 @@ __all__ = [
 ]
 
 # where the names of ``__all__`` are, those that are cheap to import first
-HOMES = ("paths", "packed", "errors", "address", "shared", "session", "watch", "client")
+HOMES = ("paths", "packed", "shared", "session", "errors", "address", "watch", "client")
 
 if not TYPE_CHECKING:
 
