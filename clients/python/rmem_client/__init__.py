@@ -85,16 +85,7 @@ if not TYPE_CHECKING:
         from importlib import import_module
 
         if name in __all__:
-            for home in (
-                "paths",
-                "packed",
-                "errors",
-                "address",
-                "shared",
-                "session",
-                "watch",
-                "client",
-            ):
+            for home in HOMES:
                 module = import_module(f"{__name__}.{home}")
                 if hasattr(module, name):
                     return globals().setdefault(name, getattr(module, name))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -233,3 +235,9 @@ def test_programme(daemon: FakeDaemon, client: Client) -> None:
     assert (check.pattern, check.value) == (vcpu_pb2.PATTERN_BYTE, 3)
     assert (copy.value, loop.value, loop.times) == (8192, 1, 2)
     assert halt.opcode == vcpu_pb2.OPCODE_HALT
+
+
+def test_a_process_that_needs_a_session_only_does_not_load_grpc() -> None:
+    code = "import sys, rmem_client; rmem_client.Session; print('grpc' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == "False"
