@@ -234,6 +234,11 @@ def _bindable(core: Core, vm: Vm, slot: Slot) -> RestrictedFile:
     if slot.file <= 0 or not core.files.exists(slot.file):
         raise NO_SUCH_FILE(f"file {slot.file} does not exist", field="file", rule=RULE)
     file = core.files.get(slot.file)
+    if file.info.owner.tenant != vm.info.owner.tenant:
+        raise NO_SUCH_FILE(
+            f"file {slot.file} does not exist", field="file", rule=RULE,
+            for_log=f"it is {file.info.owner.tenant}'s",
+        )  # fmt: skip
     if file.info.vm != vm.info.vm or file.info.flags & FLAG_ANONYMOUS:
         raise BINDING_FOREIGN(
             f"file/{slot.file} is not a restricted file of {vm.info.label}", field="file", rule=RULE
@@ -288,7 +293,7 @@ def _move(core: Core, number: int, old: Slot, new: Slot) -> Steps[None]:
             tx.set(vm.slots, old.slot, moved)
             tx.emit("slot_moved", vm=number, slot=old.slot, gfn=new.gfn)
 
-    yield Step("move slot")
+    yield Step("move slot", vm=number)
     yield from core.unit(one)
 
 

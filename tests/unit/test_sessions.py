@@ -28,6 +28,7 @@ from rmemd.errors import (
 )
 from rmemd.hooks.tables import same_state
 from rmemd.model.sessions import DEVICE, GUEST, HOST, GrantRange, Owner, SessionInfo
+from rmemd.model.vms import GUEST_MEMFD
 from rmemd.units import PAGE_SIZE
 
 FILE = 1
@@ -199,3 +200,19 @@ def test_quotas_count_what_is_held(make_engine: MakeEngine) -> None:
         for pin in pins:
             engine.unpin(pin)
     assert engine.core.vms.all()[0].info.owner == Owner("t", one.session)
+
+
+def test_a_slot_takes_another_tenants_file_for_absent(engine: Engine) -> None:
+    vms = [engine.create_vm("sw-protected", owner=Owner(one)).info.vm for one in "ab"]
+    file = engine.create_file(vms[1], PAGE_SIZE).info.file
+    said = []
+    for number in (file, 999):
+        refusal_ = refused(
+            NO_SUCH_FILE,
+            lambda number=number: engine.set_memory_region(
+                vms[0], 0, GUEST_MEMFD, 0, PAGE_SIZE, number
+            ),
+            9,
+        )
+        said.append((refusal_.message.replace(str(number), "N"), refusal_.details.rule))
+    assert said[0] == said[1]
