@@ -170,7 +170,10 @@ def uncharged(core: Core, file: RestrictedFile, start: int, npages: int) -> I64:
     """Return the pages present in the shared memfd that no frame is charged for."""
     if not core.has_shared_memory(file):
         return np.empty(0, dtype=np.int64)
-    there = core.shared_memory(file).present(start, npages)
+    # what the daemon itself is moving, no client has filled in
+    there = core.ranges.idle(
+        "file", file.info.file, core.shared_memory(file).present(start, npages)
+    )
     if file.info.in_place:
         # one frame serves either state: a page is found if it is private, or a hole
         shared = (file.attributes.get(there) == 0) & (file.frames.get(there) != 0)

@@ -209,14 +209,20 @@ def _add(core: Core, number: int, slot: Slot) -> Steps[None]:
     with core.tx("add slot") as tx:
         if slot.restricted:
             file = _bindable(core, vm, slot)
-            binding = Binding(slot.pgoff, slot.npages, number, slot.slot, slot.gfn)
-            core.files.bind(tx, file, binding, core.options.binding_overlap_errno)
+            _bind(core, tx, file, number, slot)
         else:
             made = memory.new_file(core, tx, vm, slot.npages, FLAG_ANONYMOUS)
             slot = Slot(slot.slot, slot.flags, slot.gfn, slot.npages, made.info.file, 0)
+            # what finds a page's guest frames finds this memory's too
+            _bind(core, tx, made, number, slot)
         tx.set(vm.slots, slot.slot, slot)
         tx.fill(vm.slotmap, slot.gfn, slot.npages, slot.slot + 1)
         tx.emit("slot_added", vm=number, slot=slot.slot, gfn=slot.gfn, npages=slot.npages)
+
+
+def _bind(core: Core, tx: Tx, file: RestrictedFile, vm: int, slot: Slot) -> None:
+    binding = Binding(slot.pgoff, slot.npages, vm, slot.slot, slot.gfn)
+    core.files.bind(tx, file, binding, core.options.binding_overlap_errno)
 
 
 def _check_overlap(vm: Vm, slot: Slot, but: int = 0) -> None:
@@ -271,7 +277,7 @@ def _delete(core: Core, number: int, index: int) -> Steps[None]:
 
 
 def _unbind(core: Core, tx: Tx, vm: Vm, slot: Slot) -> None:
-    if slot.restricted and core.files.exists(slot.file):
+    if core.files.exists(slot.file):
         file = core.files.get(slot.file)
         if (vm.info.vm, slot.slot) in file.bindings:
             core.files.unbind(tx, file, vm.info.vm, slot.slot)
@@ -288,6 +294,9 @@ def _move(core: Core, number: int, old: Slot, new: Slot) -> Steps[None]:
             with invalidating(core, tx, [View(vm, old.gfn, old.npages)], Why.SLOT):
                 pass
             moved = Slot(old.slot, new.flags, new.gfn, old.npages, old.file, old.pgoff)
+            file = core.files.get(old.file)
+            core.files.unbind(tx, file, number, old.slot)
+            _bind(core, tx, file, number, moved)
             tx.fill(vm.slotmap, old.gfn, old.npages, 0)
             tx.fill(vm.slotmap, new.gfn, old.npages, old.slot + 1)
             tx.set(vm.slots, old.slot, moved)

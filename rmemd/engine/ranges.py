@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rmemd.engine.waits import RANGE, Operation, Retry, WaitFor, Waits, pages_text
+from rmemd.units import I64
 
 
 @dataclass
@@ -50,6 +51,13 @@ class Ranges:
     def is_in_progress(self, kind: str, number: int, start: int, npages: int) -> bool:
         """Return whether a range meets one in progress."""
         return self._in_the_way(kind, number, start, npages) is not None
+
+    def idle(self, kind: str, number: int, pages: I64) -> I64:
+        """Return those pages that are in no range in progress."""
+        ranges = self._ranges.get((kind, number))
+        for lo, hi, _ in ranges.busy if ranges is not None else ():
+            pages = pages[(pages < lo) | (pages >= hi)]
+        return pages
 
     def require_idle(self, kind: str, number: int, start: int, npages: int) -> None:
         """Have the operation wait while a range is in progress."""

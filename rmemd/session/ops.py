@@ -130,7 +130,7 @@ class Operations:
         for at, name in UNUSED[record.op]:
             if record[at]:
                 raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
-        admit(self._engine.core, self._caller, RULES[record.op], record)
+        self._engine.read(lambda core: admit(core, self._caller, RULES[record.op], record))
         if not use.payload:
             return b""
         end = record.payload_offset + record.payload_length
