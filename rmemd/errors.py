@@ -253,6 +253,9 @@ UNKNOWN_FLAG = _reason("UNKNOWN_FLAG", Kind.INVALID, "EINVAL",
     "A flag bit is set that does not exist.",
     "Clear the unknown bits.",
     GMEM)
+POINT_NOT_A_STEP = _reason("POINT_NOT_A_STEP", Kind.INVALID, "EINVAL",
+    "A fault rule is to delay a point at which the lock is held.",
+    "Delay one of the steps that are listed with the points; make this point fail instead.")
 NOT_PAGE_ALIGNED = _reason("NOT_PAGE_ALIGNED", Kind.INVALID, "EINVAL",
     "An offset, address or length is not a multiple of 4096 bytes.",
     "Align it to the page size.",

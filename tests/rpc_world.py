@@ -233,6 +233,8 @@ class World:
             "ReloadPlugin": lambda: consumer_pb2.ReloadPluginRequest(name="null"),
             "ListPins": lambda: file_pb2.ListPinsRequest(file=sw.file),
             "GetWaitGraph": lambda: host_pb2.GetWaitGraphRequest(),
+            "CheckHost": lambda: host_pb2.CheckHostRequest(),
+            "ListFaultPoints": lambda: host_pb2.ListFaultPointsRequest(),
             "ReadGuest": lambda: vcpu_pb2.ReadGuestRequest(
                 vm=sw.vm, gpa=0, length_bytes=16, private=False
             ),

@@ -143,7 +143,7 @@ RULES: dict[str, Rule] = {
         CopyPhysical=Rule(_ADMIN), Migrate=Rule(_ADMIN), Compact=Rule(_ADMIN),
         Offline=Rule(_ADMIN), Online=Rule(_ADMIN), Poison=Rule(_ADMIN),
         AddFaultRule=Rule(_ADMIN), ListFaultRules=Rule(_ADMIN), RemoveFaultRule=Rule(_ADMIN),
-        GetWaitGraph=Rule(_ADMIN),
+        GetWaitGraph=Rule(_ADMIN), CheckHost=Rule(_ADMIN), ListFaultPoints=Rule(_ADMIN),
     ),
     **_rules(
         "FileService",

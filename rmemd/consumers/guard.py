@@ -9,7 +9,7 @@ its VM.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -261,3 +261,7 @@ _PLATFORM_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
     "host_access": _host_answer,
     "free": lambda answer, args: _mask(answer, args[0].size),
 }
+# the ops at which a fault rule can strike, in the table's order
+INJECTABLE = tuple(
+    op.name for op in fields(NotifierOps) if op.name in _ANSWERS or op.name == "export_state"
+)

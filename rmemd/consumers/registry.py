@@ -111,6 +111,8 @@ class Registry:
         for variant in ops.variants():
             if not variant.personalities or not PERSONALITIES.issuperset(variant.personalities):
                 raise ValueError(f"{variant.name}: personalities {variant.personalities!r}")
+            if not all(isinstance(point, str) for point in variant.points):
+                raise ValueError(f"{variant.name}: points {variant.points!r}")
             taken = self.offers.get(variant.name)
             if variant.name in offers or (taken is not None and taken.platform != name):
                 raise ValueError(f"{variant.name} is offered by another plugin")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
+from functools import partial
 from importlib.metadata import version
 
 import structlog
@@ -21,6 +23,7 @@ from rmemd.daemon.config import Config, DaemonSection, TenantLimits
 from rmemd.daemon.configload import Sources
 from rmemd.daemon.observers import Observers
 from rmemd.daemon.reload import read_anew
+from rmemd.daemon.selfcheck import SelfCheck
 from rmemd.daemon.sockets import SocketDir, announce, notify
 from rmemd.daemon.tcp import TcpServer
 from rmemd.engine.core import Options
@@ -74,6 +77,10 @@ class Daemon:
             if found.error:
                 log.warning("plugin_quarantined", plugin=found.name, error=found.error)
         self.engine.core.breathe = _breathe
+        # a step that a fault rule delays does not delay the end
+        self._draining = threading.Event()
+        self.engine.core.pause = partial(_pause, self._draining)
+        self.self_check = SelfCheck(self.engine)
         self.access = Access(self.engine, clock=time.monotonic)
         self.observers = Observers(config, self.engine, version("rmemd"))
         self._put_in_force(config)
@@ -152,11 +159,14 @@ class Daemon:
         self.access.policy = policy_of(access.mode == "shared", os.getuid(), access.admins)
         tenants = {name: _limits(one) for name, one in config.limits.tenants.items()}
         core.quotas.set(_limits(config.limits), tenants)
+        self.self_check.every(config.daemon.check_every_seconds)
 
     def close(self) -> None:
         """Drain and let everything go."""
         notify("STOPPING=1")
         log.info("draining", seconds=DRAIN_SECONDS)
+        self._draining.set()
+        self.self_check.close()
         doors = [self.rpc, *([self.tcp.rpc] if self.tcp is not None else [])]
         for door in doors:
             door.announce_end()
@@ -187,6 +197,10 @@ def _breathe() -> None:
     every other call take a second. It takes a real pause, however short.
     """
     time.sleep(BREATH_SECONDS)
+
+
+def _pause(draining: threading.Event, seconds: float) -> None:
+    draining.wait(seconds)
 
 
 def _report(where: str, error: BaseException) -> None:

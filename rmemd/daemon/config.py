@@ -118,6 +118,14 @@ class DaemonSection(Section, frozen=True):
         float,
         _key("Seconds after which a hook freezes its VM.", reloadable=True, ge=0.001, le=86400.0),
     ] = 2.0
+    check_every_seconds: Annotated[
+        float,
+        _key(
+            "Seconds between two checks of all invariants (rmemctl host check), each of which "
+            "holds everything up for a sweep of the host; 0: none.",
+            reloadable=True, ge=0.0, le=86400.0,
+        ),
+    ] = 0.0  # fmt: skip
     log_level: Annotated[
         Literal["debug", "info", "warning"], _key("The least that is logged.", reloadable=True)
     ] = "info"

@@ -99,6 +99,9 @@ class _State(Collector):
         """Yield the metrics of one moment."""
         revision, figures = self._engine.read(_look)
         figures.revision = revision
+        figures.checks, last = self._engine.checks, self._engine.last_check
+        if last is not None:
+            figures.violations, figures.check_seconds = len(last.violated), last.seconds
         yield from _families(figures)
 
 
@@ -110,6 +113,8 @@ class _Figures:
         self.vms: Tally[str] = Tally()
         self.revision = self.files = self.sessions = self.pins = self.pinned_pages = 0
         self.hook_calls = self.hook_overdue = self.scrubbed = 0
+        self.checks = self.violations = 0
+        self.check_seconds = 0.0
 
 
 def _look(core: Core) -> _Figures:
@@ -142,11 +147,14 @@ def _families(found: _Figures) -> Iterator[Metric]:
         ("rmemd_pinned_pages", "Pages in those pins.", found.pinned_pages),
         ("rmemd_watches", "Watches that are open.", open_streams()),
         ("rmemd_revision", "Revision of the last committed transaction.", found.revision),
+        ("rmemd_invariant_violations", "What the last check found violated.", found.violations),
+        ("rmemd_check_seconds", "How long the last check held the lock.", found.check_seconds),
     ):
         yield GaugeMetricFamily(name, says, value)
     for name, says, value in (
         ("rmemd_hook_calls", "Hooks of plugins that were called.", found.hook_calls),
         ("rmemd_hook_overdue", "Hooks that took longer than the deadline.", found.hook_overdue),
         ("rmemd_scrubbed_frames", "Frames whose bytes were destroyed.", found.scrubbed),
+        ("rmemd_checks", "Checks of the invariants.", found.checks),
     ):
         yield CounterMetricFamily(name, says, value)

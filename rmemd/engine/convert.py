@@ -207,7 +207,7 @@ def _convert(
         key = private_key(core, vm)
         carry = partial(_carry, core, file, changing, pfns, private, content, key)
         with in_progress(core, file, start, npages):
-            yield Step("convert", tx=tx, work=carry)
+            yield Step("convert", tx=tx, work=carry, vm=vm.info.vm)
         if private:
             tx.put(core.host.use, pfns, int(Use.PRIVATE))
         else:
@@ -335,10 +335,12 @@ def discard(
     present = file.frames.touched(start, npages)
     with in_progress(core, file, start, npages):
         if private:
-            yield Step("convert: discard", work=partial(core.shared_memory(file).punch, present))
+            punch = partial(core.shared_memory(file).punch, present)
+            yield Step("convert: discard", work=punch, vm=file.info.vm)
             return
         pfns = np.asarray(file.frames.get(present), dtype=np.int64) - 1
         dirty = pfns[(core.host.flags.get(pfns) & ARENA) != 0]
-        yield Step("convert: discard", work=partial(core.controller.punch, dirty))
+        punch = partial(core.controller.punch, dirty)
+        yield Step("convert: discard", work=punch, vm=file.info.vm)
         with core.tx("convert: discard") as tx:
             tx.put(core.host.flags, dirty, core.host.flags.get(dirty) & ~ARENA)

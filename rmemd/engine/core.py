@@ -53,7 +53,8 @@ class Step:
     the lock, with the transaction suspended. ``work`` alone: done without the lock. Neither: a
     pause, named so that a test can hold the operation there. ``wait``: wait until something
     changed; ``on`` tells the wait graph what for. An ``interruptible`` one says in ``cancelled``
-    that the caller has gone, instead of waiting on.
+    that the caller has gone, instead of waiting on. A fault rule can delay it by its ``name``
+    (``faultrules.at_step``) and ``vm``, 0 where it is of none.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Step:
     on: WaitFor | None = None
     interruptible: bool = False
     cancelled: bool = False
+    vm: int = 0
 
 
 Steps = Generator[Step, None, T]
@@ -95,6 +97,8 @@ class Core:
         listeners: who is told of what happens to a session.
         hold: told of each step between two transactions; a test holds operations there.
         breathe: called in a pause, without the lock; the daemon lets other threads in there.
+        pause: called with seconds where a fault rule delays a step, without the lock; nothing here
+            has a clock.
         scrubbed_frames: frames whose bytes were destroyed since the start; a measure, not state.
         waits: who waits for whom.
     """
@@ -104,7 +108,7 @@ class Core:
         self.space = Space()
         self.journal = Journal(options.kept_records)
         self.waits = Waits(self.journal)
-        self.rules = FaultRules()
+        self.rules = FaultRules(options.seed)
         self.guard = guard
         self.consumers: dict[int, Consumer] = {}
         self.running: set[tuple[int, int]] = set()
@@ -114,6 +118,7 @@ class Core:
         self.listeners = Listeners()
         self.hold: Callable[[str], None] | None = None
         self.breathe: Callable[[], None] = lambda: None
+        self.pause: Callable[[float], None] = lambda seconds: None
         self._changed = threading.Condition(cast("threading.RLock", FairLock()))
         self.ranges = Ranges(self.waits, self.wake_waiting)
         self._scrub: list[I64] = []
@@ -209,9 +214,9 @@ class Core:
                     with self.waits.waiting(mine, step.on or WaitFor("", step.name)):
                         self._changed.wait()
             else:
+                delay = self.rules.delay(step.vm, step.name)
                 with self._unlocked():
-                    if self.hold is not None:
-                        self.hold(step.name)
+                    self._linger(step, delay)
                     if step.work is not None:
                         step.work()
                     else:
@@ -233,18 +238,25 @@ class Core:
         tx = step.tx
         assert tx is not None
         pages = sum(op.pfns.size for op in tx.byte_ops)
-        if step.work is None and pages <= self.options.inline_pages and self.hold is None:
+        delay = self.rules.delay(step.vm, step.name)
+        inline = step.work is None and pages <= self.options.inline_pages
+        if inline and self.hold is None and not delay:
             self.controller.apply(tx, self._perform(tx))
             return
         tx.suspend()
         with self.waits.holding(tx), self._unlocked():
-            if self.hold is not None:
-                self.hold(step.name)
+            self._linger(step, delay)
             contents = self._perform(tx)
             if step.work is not None:
                 contents += step.work() or []
         tx.resume()
         self.controller.apply(tx, contents)
+
+    def _linger(self, step: Step, delay_seconds: float) -> None:
+        if self.hold is not None:
+            self.hold(step.name)
+        if delay_seconds:
+            self.pause(delay_seconds)
 
     def _perform(self, tx: Tx) -> list[Contents]:
         """Do the byte work that a transaction has named and that is not done yet."""

@@ -16,8 +16,10 @@ from rmemd.consumers.registry import Found
 from rmemd.engine import (
     compact,
     convert,
+    faultpoints,
     guestio,
     hostmap,
+    invariants,
     lifecycle,
     memory,
     physical,
@@ -35,6 +37,7 @@ from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
 from rmemd.engine.core import Core, Options, Steps
 from rmemd.engine.faultrules import Rule
+from rmemd.engine.invariants import Checked
 from rmemd.engine.migrate import Report, migrate
 from rmemd.engine.pendingfaults import Message
 from rmemd.engine.physical import Poisoned
@@ -56,10 +59,17 @@ T = TypeVar("T")
 
 
 class Engine:
-    """A host with its VMs. ``core`` is there for queries and tests."""
+    """A host with its VMs. ``core`` is there for queries and tests.
+
+    Attributes:
+        last_check: what the last check of the invariants came to, whoever asked for it.
+        checks: how many there were.
+    """
 
     def __init__(self, options: Options, guard: Guard) -> None:
         self.core = Core(options, guard)
+        self.last_check: Checked | None = None
+        self.checks = 0
 
     @property
     def revision(self) -> int:
@@ -433,13 +443,34 @@ class Engine:
         """Return the revision and one page's whole story."""
         return self.read(lambda core: queries.page(core, pfn))
 
-    def add_fault_rule(self, vm: int, point: str, error: str, nth: int, times: int) -> Rule:
-        """Make a point go wrong. ALL."""
+    def check(self) -> Checked:
+        """Check every invariant over the state as it is now; remembered as ``last_check``."""
+
+        def look(core: Core) -> Checked:
+            self.last_check = invariants.timed(core)
+            self.checks += 1
+            return self.last_check
+
+        return self.read(look)[1]
+
+    def add_fault_rule(
+        self,
+        vm: int,
+        point: str,
+        error: str,
+        nth: int = 1,
+        times: int = 1,
+        probability: float = 1.0,
+        delay_ms: int = 0,
+    ) -> Rule:
+        """Make a point go wrong, or a step take its time; fields as in ``Rule``. ALL."""
+        rule = Rule(0, vm, point, error, nth, times, probability, delay_ms)
 
         def add(core: Core) -> Rule:
             if vm:
                 core.vms.get(vm)
-            return core.rules.add(vm, point, error, nth, times)
+            faultpoints.require_possible(rule)
+            return core.rules.add(rule)
 
         return self.read(add)[1]
 

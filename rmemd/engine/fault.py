@@ -14,6 +14,7 @@ import numpy as np
 from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
 from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.faultrules import at_step
 from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT, Busy, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Pin, Runs, Why
@@ -22,7 +23,7 @@ from rmemd.model.ledger import Entry
 from rmemd.model.vms import Slot, Vm, unpack
 from rmemd.units import I64, Bools, pages
 
-LOST_RACE = "lost_race"
+LOST_RACE, LOOKED_UP = "lost_race", "fault: looked up"
 # KVM has no bound; a mock that is told to be busy for ever must say so
 RETRIES_MAX = 16
 
@@ -134,7 +135,7 @@ def fault(core: Core, wanted: Wanted) -> Steps[int]:
     """Map guest frames; return how often it began again.
 
     Look-up and installation are one transaction, unless somebody may come between them: a test
-    that holds operations, or a fault rule at "lost_race". Then they are two, as in KVM.
+    that holds operations, or a fault rule between them. Then they are two, as in KVM.
 
     Raises:
         RmemError: the look-up or a hook refused; nothing is mapped and nothing is held.
@@ -153,7 +154,8 @@ def fault(core: Core, wanted: Wanted) -> Steps[int]:
 
 
 def _fault_once(core: Core, wanted: Wanted) -> Steps[bool]:
-    if core.hold is None and not core.rules.waits(wanted.vm, LOST_RACE):
+    points = (LOST_RACE, at_step(LOOKED_UP))
+    if core.hold is None and not any(core.rules.waits(wanted.vm, point) for point in points):
         yield from userfault.unit(core, lambda: _fault_at_once(core, wanted))
         return True
     return (yield from _fault_in_two(core, wanted))
@@ -181,7 +183,7 @@ def _fault_in_two(core: Core, wanted: Wanted) -> Steps[bool]:
         return True
 
     found = yield from userfault.unit(core, first)
-    yield Step("fault: looked up")
+    yield Step(LOOKED_UP, vm=wanted.vm)
     if core.rules.passage(wanted.vm, LOST_RACE):
         yield from core.unit(lambda: _invalidate(core, wanted.vm, wanted.gfns))
     try:

@@ -132,7 +132,7 @@ def _stretches(
             stop = yield from _handle(core, number, index, found, exceptions, whole.npages)
         if stop is not None:
             return stop
-        yield Step("guest")
+        yield Step("guest", vm=number)
     return None
 
 

@@ -1,13 +1,17 @@
 """The invariants that hold between any two operations, as one function.
 
-Owns ``check``, which reads every table and writes none. Numbers are those of reliability.md §3.
-It costs a sweep of the host, so it is for tests, for a daemon's self-check and for simulation.
+Owns ``check``, which reads every table and writes none, and the table of its parts: what each part
+checks is in its docstring, and said from there (``checked``). Numbers are those of reliability.md
+§3. It costs a sweep of the host, so it is for tests, for a daemon's self-check and for simulation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import chain, pairwise
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import cleandoc
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,20 +25,60 @@ from rmemd.model.vms import Vm, unpack
 from rmemd.units import I64, MAX_GFN, PMD_PAGES, Bools, pages
 
 IN_FILES = (Use.PRIVATE, Use.SHARED)
+SAID = re.compile(r"^(I\d+): (.+?)\.?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a look at the whole state came to.
+
+    Attributes:
+        revision: the state's.
+        violated: one line each, as "I3: ...".
+        seconds: how long the lock was held for it.
+    """
+
+    revision: int
+    violated: tuple[str, ...]
+    seconds: float
 
 
 def check(core: Core) -> list[str]:
     """Return what is violated, one line each, as "I3: ..."; empty when all is well."""
-    return list(
-        chain(
-            _owners(core), _counts(core), _free(core), _mirrors(core), _slots(core),
-            _movable(core), _handles(core), _userfaults(core), _sessions(core),
-        )
-    )  # fmt: skip
+    return [line for part in PARTS for line in _found(part, core)]
+
+
+def timed(core: Core) -> Checked:
+    """Check under the lock, which the caller holds, and say how long that took."""
+    begun = core.guard.clock()
+    violated = tuple(check(core))
+    return Checked(core.journal.revision, violated, core.guard.clock() - begun)
+
+
+def checked() -> dict[str, str]:
+    """Return what is checked: each invariant's number and meaning, in order of number."""
+    found: dict[str, list[str]] = {}
+    for part in PARTS:
+        for number, meaning in SAID.findall(cleandoc(part.__doc__ or "")):
+            found.setdefault(number, []).append(meaning)
+    return {number: "; ".join(found[number]) for number in sorted(found, key=_order)}
+
+
+def _order(number: str) -> int:
+    return int(number[1:])
+
+
+def _found(part: Callable[[Core], Iterator[str]], core: Core) -> Iterator[str]:
+    try:
+        yield from part(core)
+    except Exception as error:
+        # tables that contradict each other so far that they cannot even be read
+        number = SAID.findall(cleandoc(part.__doc__ or ""))[0][0]
+        yield f"{number}: cannot be checked, for {type(error).__name__}"
 
 
 def _owners(core: Core) -> Iterator[str]:
-    """I1: own(frame) = page exactly if frame(page) = frame."""
+    """I1: a frame names a page as its owner exactly if that page names the frame."""
     host = core.host
     claimed = np.zeros(host.nframes, dtype=np.int64)
     for file in core.files.all():
@@ -83,7 +127,10 @@ def _counts(core: Core) -> Iterator[str]:
 
 
 def _free(core: Core) -> Iterator[str]:
-    """I3, I4: a free frame is nobody's and holds no guest's bytes; the blocks' counts are true."""
+    """I3: a free frame is nobody's, and the blocks' counts are true.
+
+    I4: a free frame holds no guest's bytes, and is not poisoned.
+    """
     host = core.host
     every = pages(0, host.nframes)
     free = host.use.view == Use.FREE
@@ -97,12 +144,18 @@ def _free(core: Core) -> Iterator[str]:
     yield from _named("I4", free & unscrubbed, every, "is free and not scrubbed")
     poisoned = (host.flags.view & POISON) != 0
     yield from _named("I4", free & poisoned, every, "is free and poisoned")
+    # bytes in the arena count for a free frame only if the host wrote them since
+    left = ((host.flags.view & ARENA) != 0) & (host.stored.view != Stored.BYTES)
+    yield from _named("I4", free & left, every, "is free, and the arena was not scrubbed")
     bytes_nowhere = (host.stored.view == Stored.BYTES) & ((host.flags.view & ARENA) == 0)
     yield from _named("I4", bytes_nowhere, every, "has bytes that the arena has not")
 
 
 def _mirrors(core: Core) -> Iterator[str]:
-    """I3, I5, I7: what is mapped is the right page of the right file, in the right state."""
+    """I7: what is mapped is the right page of the right file, and is not poisoned.
+
+    I5: what is mapped as private is private, and what is mapped as shared is shared.
+    """
     for vm in core.vms.all():
         gfns = vm.mirror.touched(0, MAX_GFN)
         pfns, shared = unpack(vm.mirror.get(gfns))
@@ -131,7 +184,10 @@ def _mirrors(core: Core) -> Iterator[str]:
 
 
 def _slots(core: Core) -> Iterator[str]:
-    """I3: slots, the slot map and the files' bindings say the same."""
+    """I3: slots, the slot map and the files' bindings say the same.
+
+    I17: a slot lies inside its file.
+    """
     bound = {
         (file.info.file, *key, binding.pgoff, binding.npages, binding.gfn)
         for file in core.files.all()
@@ -141,12 +197,22 @@ def _slots(core: Core) -> Iterator[str]:
         (slot.file, vm.info.vm, index, slot.pgoff, slot.npages, slot.gfn)
         for vm in core.vms.all()
         for index, slot in vm.slots.items()
-        if slot.restricted and core.files.exists(slot.file)
+        if core.files.exists(slot.file)
     }
     for name in sorted(bound ^ slots):
         yield f"I3: slot and binding differ at (file, vm, slot, pgoff, npages, gfn) {name}"
     for vm in core.vms.all():
+        for index, slot in vm.slots.items():
+            if not _is_inside(core, slot.file, slot.pgoff, slot.npages):
+                yield f"I17: slot {index} of {vm.info.label} is not inside file/{slot.file}"
         yield from _slot_map(vm)
+
+
+def _is_inside(core: Core, number: int, pgoff: int, npages: int) -> bool:
+    """Return whether pages are a file's, or the file is gone."""
+    if not core.files.exists(number):
+        return True
+    return 0 <= pgoff < pgoff + npages <= core.files.get(number).info.size_pages
 
 
 def _slot_map(vm: Vm) -> Iterator[str]:
@@ -179,7 +245,7 @@ def _movable(core: Core) -> Iterator[str]:
 
 
 def _handles(core: Core) -> Iterator[str]:
-    """I16: no handle is above its counter, so none is given out twice; VMs have a consumer."""
+    """I16: no handle is above its counter, so none is given out twice, and VMs have a consumer."""
     numbers = {
         "vm": [vm.info.vm for vm in core.vms.all()],
         "file": [file.info.file for file in core.files.all()],
@@ -196,7 +262,10 @@ def _handles(core: Core) -> Iterator[str]:
 
 
 def _userfaults(core: Core) -> Iterator[str]:
-    """I17, I3: handlers have ranges of files that are there; what waits, waits for holes there."""
+    """I3: fault handlers have files that are there, and what waits, waits for holes of theirs.
+
+    I17: a fault handler's range lies inside its file.
+    """
     for one, after in pairwise([*core.userfaults.all(), None]):
         assert one is not None
         if not core.files.exists(one.file):
@@ -223,7 +292,10 @@ def _userfaults(core: Core) -> Iterator[str]:
 
 
 def _sessions(core: Core) -> Iterator[str]:
-    """I14: nobody holds or owns anything in the name of a session that is gone."""
+    """I14: nobody holds or owns anything in the name of a session that is gone.
+
+    I17: what a device is granted lies inside its file.
+    """
     alive = {info.session for info in core.sessions.all()}
     pins = {pin.holder: pin for pin in core.sessions.pins()}
     for pin in pins.values():
@@ -239,6 +311,9 @@ def _sessions(core: Core) -> Iterator[str]:
         if owner.session and owner.session not in alive:
             yield f"I14: {name} is of session {owner.session}, which is gone"
     for info in core.sessions.all():
+        for grant in info.grants:
+            if not _is_inside(core, grant.file, grant.pgoff, grant.npages):
+                yield f"I17: {info.label} is granted what is not inside file/{grant.file}"
         if info.parent and info.parent not in alive:
             yield f"I14: {info.label} is below session {info.parent}, which is gone"
     for one in core.userfaults.all():
@@ -252,3 +327,8 @@ def _named(rule: str, wrong: Bools, numbers: I64, what: str) -> Iterator[str]:
     if bad.size:
         more = f" (and {bad.size - 1} more)" if bad.size > 1 else ""
         yield f"{rule}: page {int(numbers[bad[0]]):#x}{more} {what}"
+
+
+PARTS: tuple[Callable[[Core], Iterator[str]], ...] = (
+    _owners, _counts, _free, _mirrors, _slots, _movable, _handles, _userfaults, _sessions,
+)  # fmt: skip

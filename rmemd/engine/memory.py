@@ -164,7 +164,8 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
     if file.info.in_place and core.has_shared_memory(file):
         there = core.shared_memory(file).present(start, npages)
         with core.ranges.in_progress("file", number, start, npages):
-            yield Step("punch: shared", work=partial(core.shared_memory(file).punch, there))
+            punch = partial(core.shared_memory(file).punch, there)
+            yield Step("punch: shared", work=punch, vm=file.info.vm)
     return int(present.size)
 
 

@@ -196,7 +196,7 @@ def _move(
         ok = ~busy
         _relocate(core, tx, file, pgoffs[ok], src[ok], dst[ok], private[ok])
         with in_progress(core, file, start, npages):
-            yield Step("migrate", tx=tx)
+            yield Step("migrate", tx=tx, vm=file.info.vm)
         _repoint(core, tx, file, pgoffs[ok], src[ok], dst[ok], private[ok])
         _unblock(core, tx, file, blocked, src, dst, ok)
         moved = _retire(core, tx, file, pgoffs, src, dst, ok)

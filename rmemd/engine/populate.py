@@ -109,7 +109,7 @@ def _populate_batch(
         if answer.mapped:
             map_now(core, tx, vm, runs)
         with core.ranges.in_progress("vm", number, gfn, n):
-            yield Step("populate", tx=tx)
+            yield Step("populate", tx=tx, vm=number)
         tx.emit("populated", vm=number, gfn=gfn, npages=n)
     return n
 

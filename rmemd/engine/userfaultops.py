@@ -17,6 +17,7 @@ import numpy as np
 from rmemd.engine import frames
 from rmemd.engine.bracket import in_progress
 from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.faultrules import at_step
 from rmemd.engine.memory import BATCH_PAGES, settle
 from rmemd.errors import (
     BAD_RANGE,
@@ -33,6 +34,7 @@ from rmemd.store.memfd import Memfd
 from rmemd.units import I64, PAGE_SIZE, U8, Bools, bytes_to_pages, is_page_aligned, pages
 
 RULE = "Linux mm/userfaultfd.c; ioctl_userfaultfd(2)"
+COPY = "userfault: copy"
 
 
 # --- ranges ----------------------------------------------------------------------------------
@@ -148,11 +150,12 @@ def _fill(
 
 def _copy_in(core: Core, tx: Tx, file: RestrictedFile, wanted: I64, rows: U8) -> Steps[None]:
     work = partial(_write_new, core.shared_memory(file), wanted, rows)
-    if wanted.size <= core.options.inline_pages and core.hold is None:
+    between = core.hold is not None or core.rules.waits(file.info.vm, at_step(COPY))
+    if wanted.size <= core.options.inline_pages and not between:
         work()
         return
     with in_progress(core, file, int(wanted[0]), wanted.size):
-        yield Step("userfault: copy", tx=tx, work=work)
+        yield Step(COPY, tx=tx, work=work, vm=file.info.vm)
 
 
 def _write_new(shared: Memfd, wanted: I64, rows: U8) -> None:

@@ -129,7 +129,7 @@ def _run(
         if exited is not None:
             yield from core.unit(lambda: leave(core, number, index))
             return replace(exited, vcpu=core.vms.get(number).vcpu(index))
-        yield Step("guest")
+        yield Step("guest", vm=number)
 
 
 def enter(core: Core, number: int, index: int) -> Steps[None]:

@@ -253,6 +253,8 @@ class Variant:
         private_memory: whether its VMs have private memory (an ordinary VM has none).
         personalities: the ways its VMs can convert, the default first.
         options: config keys that make_consumer takes, each with its default.
+        points: the injection points that it passes (``HookTx.injected``), for those who look for
+            one; they need not be complete.
     """
 
     name: str
@@ -260,3 +262,4 @@ class Variant:
     private_memory: bool = True
     personalities: tuple[str, ...] = ("attributes", "in-place")
     options: Mapping[str, str] = field(default_factory=dict)
+    points: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import numpy as np
 from rmem.v1 import host_pb2 as pb
 from rmem.v1 import types_pb2
 from rmemd.access.callers import Caller
-from rmemd.engine import queries
+from rmemd.engine import faultpoints, invariants, queries
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -29,6 +29,8 @@ MAP_RUNS_MAX = 4096
 # keeps the largest report below the 4 MiB that clients receive by default
 REPORT_RUNS_MAX = 1 << 15
 MAP_FRAMES_MAX = 1 << 20
+# some are of each VM and file, of which there may be any number
+VIOLATIONS_MAX = 4096
 AGENTS: dict[int, Agent] = {
     types_pb2.AGENT_HOST_USER: Agent.HOST_USER,
     types_pb2.AGENT_HOST_KERNEL: Agent.HOST_KERNEL,
@@ -104,11 +106,22 @@ class HostService:
         reply.revision = revision
         return reply
 
+    def CheckHost(self, request: pb.CheckHostRequest, call: Call) -> pb.CheckHostResponse:
+        done = self._engine.check()
+        reply = pb.CheckHostResponse(revision=done.revision, held_seconds=done.seconds)
+        for number, meaning in invariants.checked().items():
+            reply.checked.add(invariant=number, meaning=meaning)
+        for violated in done.violated[:VIOLATIONS_MAX]:
+            number, _, text = violated.partition(": ")
+            reply.violations.add(invariant=number, text=text)
+        return reply
+
     def AddFaultRule(self, request: pb.AddFaultRuleRequest, call: Call) -> pb.AddFaultRuleResponse:
         rule = request.rule
         made = self._engine.add_fault_rule(
-            rule.vm, rule.point, rule.error, rule.nth or 1, rule.times or 1
-        )
+            rule.vm, rule.point, rule.error, rule.nth or 1, rule.times or 1,
+            rule.probability or 1.0, rule.delay_ms,
+        )  # fmt: skip
         return pb.AddFaultRuleResponse(revision=self._engine.revision, rule=made.rule)
 
     def ListFaultRules(
@@ -116,6 +129,12 @@ class HostService:
     ) -> pb.ListFaultRulesResponse:
         revision, rules = self._engine.read(lambda core: core.rules.all())
         return pb.ListFaultRulesResponse(revision=revision, rules=map(_rule, rules))
+
+    def ListFaultPoints(
+        self, request: pb.ListFaultPointsRequest, call: Call
+    ) -> pb.ListFaultPointsResponse:
+        revision, points = self._engine.read(faultpoints.every)
+        return pb.ListFaultPointsResponse(revision=revision, points=map(_point, points))
 
     def RemoveFaultRule(
         self, request: pb.RemoveFaultRuleRequest, call: Call
@@ -357,7 +376,15 @@ def _accounts(core: Core, vm: int, caller: Caller) -> pb.GetAccountingResponse:
 def _rule(rule: Rule) -> pb.FaultRule:
     return pb.FaultRule(
         rule=rule.rule, vm=rule.vm, point=rule.point, error=rule.error, nth=rule.nth,
-        times=rule.times,
+        times=rule.times, probability=rule.probability, delay_ms=rule.delay_ms,
+        passages=rule.passages, hits=rule.hits,
+    )  # fmt: skip
+
+
+def _point(point: faultpoints.Point) -> pb.FaultPoint:
+    return pb.FaultPoint(
+        point=point.name, kind=cast("pb.FaultPointKind.ValueType", point.sort.value),
+        plugin=point.plugin, meaning=point.means, passages=point.passages,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ ENTRIES_MAX = 16384
 BYTES_MAX = 16 << 20
 
 # By its name an RPC changes nothing, and needs no id. Streams are neither: they are never repeated.
-READS = ("Get", "List", "Read", "Explain", "Who", "Wait")
+READS = ("Get", "List", "Read", "Explain", "Who", "Wait", "Check")
 PASSING = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE})
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 

@@ -8,12 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemons import BIN, PATIENCE_SECONDS, Daemon, read_line
+from daemons import BIN, PATIENCE_SECONDS, Daemon, eventually, read_line
 
 from rmem_client import Client, RmemError
 
@@ -194,6 +195,26 @@ def test_an_option_goes_on_overriding(configured: Configured) -> None:
     told = configured.reload(BASE + 'log_level = "debug"\nhook_deadline_seconds = 3\n')
     assert told["changed"] == {"daemon.hook_deadline_seconds": "2.0 -> 3.0"}
     assert calls_logged(daemon) == 0
+
+
+def test_checks_of_itself_begin_and_end_by_a_reload(configured: Configured) -> None:
+    text = BASE + '[metrics]\nlisten = "127.0.0.1:0"\n'
+    often = text.replace("nodes = 2\n", "nodes = 2\ncheck_every_seconds = 0.01\n")
+    daemon = configured.start(text)
+    (address,) = [line["address"] for line in daemon.log_lines if line["event"] == "metrics_served"]
+
+    def checks() -> float:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as page:
+            return float(re.search(rb"^rmemd_checks_total (.*)$", page.read(), re.MULTILINE)[1])
+
+    assert checks() == 0
+    assert configured.reload(often)["event"] == "reloaded"
+    assert eventually(lambda: checks() > 2)
+    assert configured.reload(text)["event"] == "reloaded"
+    # one may have been under way; none comes after it
+    client = daemon.client()
+    settled = [checks() for _ in range(2) if client.host.check()]
+    assert settled[1] - settled[0] == 1
 
 
 def test_it_ends_however_many_reloads_are_asked_for(daemons: Callable[..., Daemon]) -> None:

@@ -16,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rmem.v1 import host_pb2
 from rmem_client import Client, RmemError, vcpus
+from rmemd.daemon.metrics import Metrics
+from rmemd.engine.engine import Engine
 
 PAGE = 4096
 PAGES = 32
@@ -188,3 +190,33 @@ def test_the_page_ends_with_the_daemon(measured: Daemon) -> None:
     measured.stop()
     with pytest.raises(OSError, match="refused"):
         scrape(measured)
+
+
+def test_a_daemon_that_checks_itself_counts_its_checks(daemons: Callable[..., Daemon]) -> None:
+    daemon = daemons(
+        "--set", "metrics.listen=127.0.0.1:0", "--set", "daemon.check_every_seconds=0.01"
+    )
+    busy(daemon.client())
+    assert eventually(lambda: scrape(daemon).value("rmemd_checks_total") > 3)
+    page = scrape(daemon)
+    assert page.value("rmemd_invariant_violations") == 0
+    assert page.value("rmemd_check_seconds") > 0
+    assert not [line for line in daemon.log_lines if line["event"] == "invariant_violated"]
+
+
+def test_a_check_that_somebody_asked_for_counts_too(measured: Daemon) -> None:
+    assert scrape(measured).value("rmemd_checks_total") == 0
+    held = measured.client().host.check().held_seconds
+    page = scrape(measured)
+    assert page.value("rmemd_checks_total") == 1
+    assert page.value("rmemd_check_seconds") == held
+
+
+def test_what_is_violated_is_in_the_page(engine: Engine) -> None:
+    with engine.core.tx("break") as tx:
+        tx.fill(engine.core.host.refs, 3, 1, 1)
+    engine.check()
+    assert engine.last_check is not None
+    violations = len(engine.last_check.violated)
+    found = Metrics(engine).registry.get_sample_value("rmemd_invariant_violations")
+    assert found == violations > 0

@@ -40,8 +40,9 @@ from rmemd.units import PAGE_SIZE, PMD_PAGES
 ROOT = Path(__file__).parents[2]
 MANUAL = (ROOT / "docs" / "configuration.md").read_text()
 RELOADABLE = {
-    "daemon.log_level", "daemon.hook_deadline_seconds", "access.admins", "limits.frames",
-    "limits.pinned_pages", "limits.sessions", "limits.fds", "limits.watches",
+    "daemon.log_level", "daemon.hook_deadline_seconds", "daemon.check_every_seconds",
+    "access.admins", "limits.frames", "limits.pinned_pages", "limits.sessions", "limits.fds",
+    "limits.watches",
 }  # fmt: skip
 
 

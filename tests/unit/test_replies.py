@@ -45,7 +45,8 @@ SERVICES = [
 READS = {
     "ListConsumers", "GetOps", "GetFile", "ListFiles", "ReadShared", "GetPolicy", "ListPins",
     "GetHost", "GetPageMap", "GetPage", "ReadPhysical", "GetAccounting", "ListFaultRules",
-    "ExplainReason", "GetWaitGraph", "ListOperations", "GetOperation", "WaitOperation", "WhoAmI",
+    "CheckHost", "ListFaultPoints", "ExplainReason", "GetWaitGraph", "ListOperations",
+    "GetOperation", "WaitOperation", "WhoAmI",
     "ListSessions", "ReadGuest", "GetVm", "ListVms", "GetMemoryAttributes",
 }  # fmt: skip
 STREAMS = {"Watch"}

@@ -188,6 +188,7 @@ def test_create_says_its_revision_in_json(rmemctl: Ctl) -> None:
         "mem show 1", "mem read 1", "page show --pfn 0", "consumers ops 1", "compact",
         "host offline 0x10+16", "fault list", "explain folio_busy", "ready", "vm destroy 1",
         "vm convert 1 0+1 --shared", "mem unpin 9", "fault remove 2",
+        "fault points", "host check",
     ],
 )  # fmt: skip
 def test_everything_speaks_json(rmemctl: Ctl, args: str) -> None:

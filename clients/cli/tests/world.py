@@ -282,8 +282,15 @@ def sessions() -> list[session_pb2.Session]:
     ]  # fmt: skip
 
 
+CHECKED = [
+    host_pb2.Invariant(invariant="I1", meaning="a frame names its page, and the page the frame"),
+    host_pb2.Invariant(invariant="I3", meaning="a free frame is nobody's"),
+]
+
+
 def answers() -> dict[str, Any]:
     known = {vm.vm: vm for vm in vms()}
+    point = host_pb2.FaultPoint
     files = [
         file_pb2.File(
             file=1, vm=1, size_bytes=2 << 30, flags=3, blksize_bytes=4096, private_pages=2560,
@@ -375,9 +382,26 @@ def answers() -> dict[str, Any]:
         "ListFaultRules": host_pb2.ListFaultRulesResponse(
             revision=43,
             rules=[
-                host_pb2.FaultRule(rule=1, point="map", error="TDX_OPERAND_BUSY", nth=3, times=2),
-                host_pb2.FaultRule(rule=2, point="lost_race", vm=3, nth=1),
+                host_pb2.FaultRule(
+                    rule=1, point="map", error="TDX_OPERAND_BUSY", nth=3, times=2, probability=0.25,
+                    passages=7, hits=1,
+                ),
+                host_pb2.FaultRule(
+                    rule=2, point="step/guest", vm=3, nth=1, times=1, probability=1, delay_ms=250
+                ),
             ],
+        ),
+        "ListFaultPoints": host_pb2.ListFaultPointsResponse(
+            revision=43,
+            points=[
+                point(point="map", kind=1, meaning="Install private pages.", passages=7),
+                point(point="lost_race", kind=2, meaning="an invalidation comes between"),
+                point(point="step/guest", kind=3, meaning="between two steps", passages=12),
+                point(point="TDH_MEM_TRACK", kind=4, plugin="tdx"),
+            ],
+        ),
+        "CheckHost": host_pb2.CheckHostResponse(
+            revision=43, held_seconds=0.0042, checked=CHECKED,
         ),
         "ExplainReason": reasons,
         "Watch": watch(),

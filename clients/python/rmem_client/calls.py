@@ -33,7 +33,7 @@ PAUSE_S = 0.02
 PAUSE_MAX_S = 1.0
 
 # by the names of RPCs: these change nothing, so nobody minds if they are done twice
-READS = ("Get", "List", "Read", "Explain", "Who", "Wait")
+READS = ("Get", "List", "Read", "Explain", "Who", "Wait", "Check")
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 

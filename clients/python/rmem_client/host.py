@@ -160,19 +160,46 @@ class Host:
         request = host_pb2.GetAccountingRequest(vm=vm)
         return self._connection.call(self._stub.GetAccounting, request)
 
+    def check(self) -> host_pb2.CheckHostResponse:
+        """Check the invariants over the whole state; ``violations`` is empty if all is well."""
+        return self._connection.call(self._stub.CheckHost, host_pb2.CheckHostRequest())
+
     def add_fault(
-        self, point: str, error: str = "injected", *, vm: int = 0, nth: int = 1, times: int = 1
+        self,
+        point: str,
+        error: str | None = None,
+        *,
+        vm: int = 0,
+        nth: int = 1,
+        times: int = 1,
+        probability: float = 1.0,
+        delay_ms: int = 0,
     ) -> int:
-        """Make a named point go wrong at its Nth passage; return the rule's handle.
+        """Make a named point go wrong, or a step take its time; return the rule's handle.
 
         Args:
-            point: an op ("map"), the engine's "lost_race", or a vendor's leaf.
-            error: what goes wrong there; a vendor's leaf takes its own error's name.
+            point: an op ("map"), the engine's "lost_race", a vendor's leaf, or a step
+                ("step/guest").
+            error: what goes wrong there; a vendor's leaf takes its own error's name. By default
+                "injected", and nothing where ``delay_ms`` is given.
             vm: only for this VM; 0: for any.
             nth: at which passage from now it begins, from 1.
-            times: for how many passages.
+            times: how many passages it hits.
+            probability: of each passage from the nth on to be hit, above 0 and up to 1; which ones
+                are depends on the daemon's seed.
+            delay_ms: milliseconds that a passage takes longer; for steps only, which take no error.
         """
-        rule = host_pb2.FaultRule(vm=vm, point=point, error=error, nth=nth, times=times)
+        if error is None:
+            error = "" if delay_ms else "injected"
+        rule = host_pb2.FaultRule(
+            vm=vm,
+            point=point,
+            error=error,
+            nth=nth,
+            times=times,
+            probability=probability,
+            delay_ms=delay_ms,
+        )
         request = host_pb2.AddFaultRuleRequest(rule=rule)
         reply = self._connection.call(self._stub.AddFaultRule, request)
         return reply.rule
@@ -180,6 +207,10 @@ class Host:
     def list_faults(self) -> host_pb2.ListFaultRulesResponse:
         """List the fault rules that still wait."""
         return self._connection.call(self._stub.ListFaultRules, host_pb2.ListFaultRulesRequest())
+
+    def fault_points(self) -> host_pb2.ListFaultPointsResponse:
+        """List the points at which fault rules can strike, and how often each was passed."""
+        return self._connection.call(self._stub.ListFaultPoints, host_pb2.ListFaultPointsRequest())
 
     def remove_fault(self, rule: int) -> host_pb2.RemoveFaultRuleResponse:
         """Remove a fault rule."""

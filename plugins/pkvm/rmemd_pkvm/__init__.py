@@ -22,7 +22,7 @@ from rmemd.hooks import (
 from rmemd.units import I64, Bools
 from rmemd_pkvm.guest import MovableGuest, PinnedGuest, ProtectedGuest
 from rmemd_pkvm.hypercalls import El2
-from rmemd_pkvm.states import NOPAGE, OWNED
+from rmemd_pkvm.states import NOPAGE, OWNED, TRANSITIONS
 
 GUESTS: dict[str, type[ProtectedGuest]] = {
     "pkvm-today": PinnedGuest,
@@ -48,7 +48,11 @@ class PkvmPlatform:
     @hookimpl
     def variants(self) -> Sequence[Variant]:
         """Name the two guests; both convert in place."""
-        return [Variant(n, SUMMARIES[n], personalities=("in-place",)) for n in GUESTS]
+        points = tuple(f"__pkvm_{name}" for name in TRANSITIONS)
+        return [
+            Variant(name, SUMMARIES[name], personalities=("in-place",), points=points)
+            for name in GUESTS
+        ]
 
     @hookimpl
     def start(self, host: HostContext) -> None:

@@ -43,6 +43,11 @@ VARIANTS = {
         POLICY_PAGE_SWAP_DISABLE,
     ),
 }
+#: where fault rules can strike: the instructions, and the firmware's commands
+POINTS = (
+    "RMPUPDATE", "PVALIDATE", "SNP_GCTX_CREATE", "SNP_LAUNCH_START", "SNP_ACTIVATE",
+    "SNP_LAUNCH_UPDATE", "SNP_LAUNCH_FINISH", "SNP_PAGE_MOVE", "SNP_PAGE_RECLAIM", "SNP_DF_FLUSH",
+)  # fmt: skip
 #: who writes to an assigned frame -> what stops it
 WRITE_FAULTS = {
     Agent.HOST_USER: "#PF (RMP, error bit 31)",
@@ -62,7 +67,10 @@ class SnpPlatform:
     @hookimpl
     def variants(self) -> Sequence[Variant]:
         """Name the variants: they differ in migrate_folio only."""
-        return [Variant(name, text, options=OPTIONS) for name, (text, _) in VARIANTS.items()]
+        return [
+            Variant(name, text, options=OPTIONS, points=POINTS)
+            for name, (text, _) in VARIANTS.items()
+        ]
 
     @hookimpl
     def start(self, host: HostContext) -> None:

@@ -32,6 +32,13 @@ LOCK_OPERAND = {
 }  # fmt: skip
 # these hold TDR exclusively, and so meet contention before they look at the TD's state
 LOCKS_TDR = frozenset({"TDH_MEM_PAGE_ADD", "TDH_MR_EXTEND", "TDH_MR_FINALIZE"})
+# the leaves that pass an injection point of their name
+POINTS = (
+    "TDH_MNG_CREATE", "TDH_MNG_KEY_CONFIG", "TDH_VP_ENTER", "TDH_MEM_PAGE_ADD", "TDH_MR_EXTEND",
+    "TDH_MR_FINALIZE", "TDH_MEM_PAGE_AUG", "TDG_MEM_PAGE_ACCEPT", "TDH_MEM_RD", "TDH_MEM_WR",
+    "TDH_MEM_RANGE_BLOCK", "TDH_MEM_RANGE_UNBLOCK", "TDH_MEM_TRACK", "TDH_MEM_PAGE_REMOVE",
+    "TDH_MEM_PAGE_RELOCATE", "TDH_PHYMEM_PAGE_WBINVD",
+)  # fmt: skip
 NO_PAGES = np.empty(0, dtype=np.int64)
 
 

@@ -59,7 +59,7 @@ class TdxPlatform:
             "what the architecture permits: migrate_folio by TDH.MEM.PAGE.RELOCATE",
         )
         return [
-            Variant(name, summary, options=OPTIONS)
+            Variant(name, summary, options=OPTIONS, points=leaves.POINTS)
             for name, summary in zip(CONSUMERS, summaries, strict=True)
         ]
 

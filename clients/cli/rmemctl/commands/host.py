@@ -41,6 +41,16 @@ ACCOUNT_COLUMNS = [
     Column("HELD", lambda account: pages_text(account.held_pages), right=True),
 ]
 
+INVARIANT_COLUMNS = [
+    Column("INVARIANT", lambda one: one.invariant),
+    Column("MEANING", lambda one: one.meaning, wrap=True),
+]
+
+VIOLATION_COLUMNS = [
+    Column("INVARIANT", lambda violation: violation.invariant),
+    Column("VIOLATED", lambda violation: violation.text, wrap=True),
+]
+
 ACCOUNT_SUMS = [
     "size_pages", "private_pages", "shared_pages", "found_pages", "double_pages", "held_pages",
 ]  # fmt: skip
@@ -100,6 +110,27 @@ def accounting(settings: Settings, vm: int) -> None:
 
 
 @host.command()
+@pass_settings
+def check(settings: Settings) -> None:
+    """Check the invariants over the whole state; exit with 1 if one does not hold.
+
+    The daemon serves nobody meanwhile: it sweeps all frames, files and VMs.
+    """
+    reply = settings.client.host.check()
+    shown: list[Any] = [Table(VIOLATION_COLUMNS, reply.violations)]
+    if not reply.violations:
+        shown = [held_text(reply), Table(INVARIANT_COLUMNS, reply.checked)]
+    settings.out.show(
+        reply,
+        *shown,
+        items=reply.violations,
+        names=[violation.invariant for violation in reply.violations],
+    )
+    if reply.violations:
+        click.get_current_context().exit(1)
+
+
+@host.command()
 @click.argument("pfns", type=PAGES)
 @pass_settings
 def offline(settings: Settings, pfns: tuple[int, int]) -> None:
@@ -138,6 +169,13 @@ def daemon_text(reply: Any) -> str:
     if reply.daemon_fds:
         text += f", {count_text(reply.daemon_fds, 'descriptor')}"
     return text
+
+
+def held_text(reply: Any) -> str:
+    """Say what holds, and for how long everybody else had to wait."""
+    numbers = ", ".join(one.invariant for one in reply.checked)
+    took = f"{reply.held_seconds * 1000:.1f} ms"
+    return f"{numbers} hold at revision {reply.revision} (checked in {took})"
 
 
 def orders_text(free_blocks: Any) -> str:

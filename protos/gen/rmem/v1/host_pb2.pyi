@@ -96,6 +96,38 @@ MOVE_OUTCOME_FAILED: MoveOutcome.ValueType  # 4
 """The vendor, or the lack of a frame, stopped it."""
 Global___MoveOutcome: _TypeAlias = MoveOutcome  # noqa: Y015
 
+class _FaultPointKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FaultPointKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FaultPointKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FAULT_POINT_KIND_UNSPECIFIED: _FaultPointKind.ValueType  # 0
+    """Not given."""
+    FAULT_POINT_KIND_OP: _FaultPointKind.ValueType  # 1
+    """An op of the consumer's: goes wrong with any text, or with one of rmemd's reasons."""
+    FAULT_POINT_KIND_RACE: _FaultPointKind.ValueType  # 2
+    """A race of the engine's: any error makes it lost."""
+    FAULT_POINT_KIND_STEP: _FaultPointKind.ValueType  # 3
+    """A step between which the lock is let go: can be delayed, and nothing else."""
+    FAULT_POINT_KIND_VENDOR: _FaultPointKind.ValueType  # 4
+    """A vendor's: goes wrong with one of its own errors."""
+
+class FaultPointKind(_FaultPointKind, metaclass=_FaultPointKindEnumTypeWrapper):
+    """FaultPointKind is what sort of point it is, and so what a rule may do there."""
+
+FAULT_POINT_KIND_UNSPECIFIED: FaultPointKind.ValueType  # 0
+"""Not given."""
+FAULT_POINT_KIND_OP: FaultPointKind.ValueType  # 1
+"""An op of the consumer's: goes wrong with any text, or with one of rmemd's reasons."""
+FAULT_POINT_KIND_RACE: FaultPointKind.ValueType  # 2
+"""A race of the engine's: any error makes it lost."""
+FAULT_POINT_KIND_STEP: FaultPointKind.ValueType  # 3
+"""A step between which the lock is let go: can be delayed, and nothing else."""
+FAULT_POINT_KIND_VENDOR: FaultPointKind.ValueType  # 4
+"""A vendor's: goes wrong with one of its own errors."""
+Global___FaultPointKind: _TypeAlias = FaultPointKind  # noqa: Y015
+
 @_typing.final
 class Node(_message.Message):
     """Node is a NUMA node."""
@@ -1260,8 +1292,115 @@ class GetAccountingResponse(_message.Message):
 Global___GetAccountingResponse: _TypeAlias = GetAccountingResponse  # noqa: Y015
 
 @_typing.final
+class CheckHostRequest(_message.Message):
+    """CheckHostRequest asks for a check."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckHostRequest: _TypeAlias = CheckHostRequest  # noqa: Y015
+
+@_typing.final
+class Invariant(_message.Message):
+    """Invariant is what must hold between any two operations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVARIANT_FIELD_NUMBER: _builtins.int
+    MEANING_FIELD_NUMBER: _builtins.int
+    invariant: _builtins.str
+    """Its number, "I3"."""
+    meaning: _builtins.str
+    """What it says, in one line."""
+    def __init__(
+        self,
+        *,
+        invariant: _builtins.str = ...,
+        meaning: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invariant", b"invariant", "meaning", b"meaning"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Invariant: _TypeAlias = Invariant  # noqa: Y015
+
+@_typing.final
+class Violation(_message.Message):
+    """Violation is an invariant that does not hold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INVARIANT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    invariant: _builtins.str
+    """Its number, "I3"."""
+    text: _builtins.str
+    """What is wrong: the first page or object, and how many more. Never what a page holds."""
+    def __init__(
+        self,
+        *,
+        invariant: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invariant", b"invariant", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Violation: _TypeAlias = Violation  # noqa: Y015
+
+@_typing.final
+class CheckHostResponse(_message.Message):
+    """CheckHostResponse is what a check came to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    CHECKED_FIELD_NUMBER: _builtins.int
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    HELD_SECONDS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state that was checked."""
+    held_seconds: _builtins.float
+    """How long the lock was held for it."""
+    @_builtins.property
+    def checked(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invariant]:
+        """What was checked, by number."""
+
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Violation]:
+        """What does not hold; none, if all is well."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        checked: _abc.Iterable[Global___Invariant] | None = ...,
+        violations: _abc.Iterable[Global___Violation] | None = ...,
+        held_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "held_seconds", b"held_seconds", "revision", b"revision", "violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckHostResponse: _TypeAlias = CheckHostResponse  # noqa: Y015
+
+@_typing.final
 class FaultRule(_message.Message):
-    """FaultRule makes a point go wrong."""
+    """FaultRule makes a point go wrong, or delays a step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1271,18 +1410,36 @@ class FaultRule(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     NTH_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
+    PROBABILITY_FIELD_NUMBER: _builtins.int
+    DELAY_MS_FIELD_NUMBER: _builtins.int
+    PASSAGES_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
     rule: _builtins.int
     """Its handle."""
     vm: _builtins.int
     """The VM, 0 for any. A platform's own points (when frames are freed) are passed as VM 0."""
     point: _builtins.str
-    """The point: an op ("map", "migrate_folio"), the engine's "lost_race", or a vendor's leaf."""
+    """The point: an op ("map", "migrate_folio"), the engine's "lost_race", a vendor's leaf, or a step
+    ("step/guest").
+    """
     error: _builtins.str
-    """What goes wrong there: an op takes any text, a vendor's leaf its own error's name."""
+    """What goes wrong there: an op takes any text, a vendor's leaf its own error's name. Empty for a
+    rule that delays.
+    """
     nth: _builtins.int
-    """At which passage from now it begins, from 1."""
+    """At which passage from when it is added it begins, from 1."""
     times: _builtins.int
-    """For how many passages, 0 meaning 1."""
+    """How many passages it hits, 0 meaning 1."""
+    probability: _builtins.float
+    """Of each passage from the nth on to be hit, up to 1; 0 meaning 1. Which ones are hit depends on
+    the daemon's seed, the rule's handle and the passage's number alone.
+    """
+    delay_ms: _builtins.int
+    """How many milliseconds a passage takes longer, up to 60000; steps only, see ListFaultPoints."""
+    passages: _builtins.int
+    """Output: passages so far."""
+    hits: _builtins.int
+    """Output: how many of them were hit."""
     def __init__(
         self,
         *,
@@ -1292,14 +1449,101 @@ class FaultRule(_message.Message):
         error: _builtins.str = ...,
         nth: _builtins.int = ...,
         times: _builtins.int = ...,
+        probability: _builtins.float = ...,
+        delay_ms: _builtins.int = ...,
+        passages: _builtins.int = ...,
+        hits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "nth", b"nth", "point", b"point", "rule", b"rule", "times", b"times", "vm", b"vm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delay_ms", b"delay_ms", "error", b"error", "hits", b"hits", "nth", b"nth", "passages", b"passages", "point", b"point", "probability", b"probability", "rule", b"rule", "times", b"times", "vm", b"vm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FaultRule: _TypeAlias = FaultRule  # noqa: Y015
+
+@_typing.final
+class FaultPoint(_message.Message):
+    """FaultPoint is a point at which rules can strike."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POINT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PLUGIN_FIELD_NUMBER: _builtins.int
+    MEANING_FIELD_NUMBER: _builtins.int
+    PASSAGES_FIELD_NUMBER: _builtins.int
+    point: _builtins.str
+    """Its name, as a rule has it."""
+    kind: Global___FaultPointKind.ValueType
+    """What sort of point it is."""
+    plugin: _builtins.str
+    """The plugin whose point it is; empty for rmemd's own, and where nobody knows."""
+    meaning: _builtins.str
+    """What it is, in one line; empty for a vendor's, whose documents say it."""
+    passages: _builtins.int
+    """How often it was passed since the daemon began."""
+    def __init__(
+        self,
+        *,
+        point: _builtins.str = ...,
+        kind: Global___FaultPointKind.ValueType = ...,
+        plugin: _builtins.str = ...,
+        meaning: _builtins.str = ...,
+        passages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "meaning", b"meaning", "passages", b"passages", "plugin", b"plugin", "point", b"point"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FaultPoint: _TypeAlias = FaultPoint  # noqa: Y015
+
+@_typing.final
+class ListFaultPointsRequest(_message.Message):
+    """ListFaultPointsRequest lists the points."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFaultPointsRequest: _TypeAlias = ListFaultPointsRequest  # noqa: Y015
+
+@_typing.final
+class ListFaultPointsResponse(_message.Message):
+    """ListFaultPointsResponse is the points."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state this reply was served at."""
+    @_builtins.property
+    def points(self) -> _containers.RepeatedCompositeFieldContainer[Global___FaultPoint]:
+        """The points that are known. A plugin may pass others, which are listed once it has."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        points: _abc.Iterable[Global___FaultPoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["points", b"points", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFaultPointsResponse: _TypeAlias = ListFaultPointsResponse  # noqa: Y015
 
 @_typing.final
 class AddFaultRuleRequest(_message.Message):

@@ -95,6 +95,11 @@ class HostServiceStub:
                 request_serializer=rmem_dot_v1_dot_host__pb2.GetAccountingRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_host__pb2.GetAccountingResponse.FromString,
                 _registered_method=True)
+        self.CheckHost = channel.unary_unary(
+                '/rmem.v1.HostService/CheckHost',
+                request_serializer=rmem_dot_v1_dot_host__pb2.CheckHostRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_host__pb2.CheckHostResponse.FromString,
+                _registered_method=True)
         self.AddFaultRule = channel.unary_unary(
                 '/rmem.v1.HostService/AddFaultRule',
                 request_serializer=rmem_dot_v1_dot_host__pb2.AddFaultRuleRequest.SerializeToString,
@@ -104,6 +109,11 @@ class HostServiceStub:
                 '/rmem.v1.HostService/ListFaultRules',
                 request_serializer=rmem_dot_v1_dot_host__pb2.ListFaultRulesRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_host__pb2.ListFaultRulesResponse.FromString,
+                _registered_method=True)
+        self.ListFaultPoints = channel.unary_unary(
+                '/rmem.v1.HostService/ListFaultPoints',
+                request_serializer=rmem_dot_v1_dot_host__pb2.ListFaultPointsRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_host__pb2.ListFaultPointsResponse.FromString,
                 _registered_method=True)
         self.RemoveFaultRule = channel.unary_unary(
                 '/rmem.v1.HostService/RemoveFaultRule',
@@ -210,8 +220,15 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckHost(self, request, context):
+        """CheckHost checks the invariants over the whole state, under the lock: a sweep of the host.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AddFaultRule(self, request, context):
-        """AddFaultRule makes a named point go wrong at its Nth passage.
+        """AddFaultRule makes a named point go wrong, or a step take its time, at its Nth passage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,6 +236,13 @@ class HostServiceServicer:
 
     def ListFaultRules(self, request, context):
         """ListFaultRules lists the rules that still wait.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFaultPoints(self, request, context):
+        """ListFaultPoints lists the points at which rules can strike.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -308,6 +332,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     request_deserializer=rmem_dot_v1_dot_host__pb2.GetAccountingRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_host__pb2.GetAccountingResponse.SerializeToString,
             ),
+            'CheckHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckHost,
+                    request_deserializer=rmem_dot_v1_dot_host__pb2.CheckHostRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_host__pb2.CheckHostResponse.SerializeToString,
+            ),
             'AddFaultRule': grpc.unary_unary_rpc_method_handler(
                     servicer.AddFaultRule,
                     request_deserializer=rmem_dot_v1_dot_host__pb2.AddFaultRuleRequest.FromString,
@@ -317,6 +346,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.ListFaultRules,
                     request_deserializer=rmem_dot_v1_dot_host__pb2.ListFaultRulesRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_host__pb2.ListFaultRulesResponse.SerializeToString,
+            ),
+            'ListFaultPoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFaultPoints,
+                    request_deserializer=rmem_dot_v1_dot_host__pb2.ListFaultPointsRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_host__pb2.ListFaultPointsResponse.SerializeToString,
             ),
             'RemoveFaultRule': grpc.unary_unary_rpc_method_handler(
                     servicer.RemoveFaultRule,
@@ -670,6 +704,33 @@ class HostService:
             _registered_method=True)
 
     @staticmethod
+    def CheckHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.HostService/CheckHost',
+            rmem_dot_v1_dot_host__pb2.CheckHostRequest.SerializeToString,
+            rmem_dot_v1_dot_host__pb2.CheckHostResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def AddFaultRule(request,
             target,
             options=(),
@@ -713,6 +774,33 @@ class HostService:
             '/rmem.v1.HostService/ListFaultRules',
             rmem_dot_v1_dot_host__pb2.ListFaultRulesRequest.SerializeToString,
             rmem_dot_v1_dot_host__pb2.ListFaultRulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFaultPoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.HostService/ListFaultPoints',
+            rmem_dot_v1_dot_host__pb2.ListFaultPointsRequest.SerializeToString,
+            rmem_dot_v1_dot_host__pb2.ListFaultPointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,10 +57,14 @@ class HostServiceStub:
     """Poison marks a frame as failed, as a machine check found by the host would."""
     GetAccounting: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetAccountingRequest, _host_pb2.GetAccountingResponse]
     """GetAccounting says who uses what, double allocation included."""
+    CheckHost: _grpc.UnaryUnaryMultiCallable[_host_pb2.CheckHostRequest, _host_pb2.CheckHostResponse]
+    """CheckHost checks the invariants over the whole state, under the lock: a sweep of the host."""
     AddFaultRule: _grpc.UnaryUnaryMultiCallable[_host_pb2.AddFaultRuleRequest, _host_pb2.AddFaultRuleResponse]
-    """AddFaultRule makes a named point go wrong at its Nth passage."""
+    """AddFaultRule makes a named point go wrong, or a step take its time, at its Nth passage."""
     ListFaultRules: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListFaultRulesRequest, _host_pb2.ListFaultRulesResponse]
     """ListFaultRules lists the rules that still wait."""
+    ListFaultPoints: _grpc.UnaryUnaryMultiCallable[_host_pb2.ListFaultPointsRequest, _host_pb2.ListFaultPointsResponse]
+    """ListFaultPoints lists the points at which rules can strike."""
     RemoveFaultRule: _grpc.UnaryUnaryMultiCallable[_host_pb2.RemoveFaultRuleRequest, _host_pb2.RemoveFaultRuleResponse]
     """RemoveFaultRule removes one."""
     ExplainReason: _grpc.UnaryUnaryMultiCallable[_host_pb2.ExplainReasonRequest, _host_pb2.ExplainReasonResponse]
@@ -97,10 +101,14 @@ class HostServiceAsyncStub(HostServiceStub):
     """Poison marks a frame as failed, as a machine check found by the host would."""
     GetAccounting: _aio.UnaryUnaryMultiCallable[_host_pb2.GetAccountingRequest, _host_pb2.GetAccountingResponse]  # type: ignore[assignment]
     """GetAccounting says who uses what, double allocation included."""
+    CheckHost: _aio.UnaryUnaryMultiCallable[_host_pb2.CheckHostRequest, _host_pb2.CheckHostResponse]  # type: ignore[assignment]
+    """CheckHost checks the invariants over the whole state, under the lock: a sweep of the host."""
     AddFaultRule: _aio.UnaryUnaryMultiCallable[_host_pb2.AddFaultRuleRequest, _host_pb2.AddFaultRuleResponse]  # type: ignore[assignment]
-    """AddFaultRule makes a named point go wrong at its Nth passage."""
+    """AddFaultRule makes a named point go wrong, or a step take its time, at its Nth passage."""
     ListFaultRules: _aio.UnaryUnaryMultiCallable[_host_pb2.ListFaultRulesRequest, _host_pb2.ListFaultRulesResponse]  # type: ignore[assignment]
     """ListFaultRules lists the rules that still wait."""
+    ListFaultPoints: _aio.UnaryUnaryMultiCallable[_host_pb2.ListFaultPointsRequest, _host_pb2.ListFaultPointsResponse]  # type: ignore[assignment]
+    """ListFaultPoints lists the points at which rules can strike."""
     RemoveFaultRule: _aio.UnaryUnaryMultiCallable[_host_pb2.RemoveFaultRuleRequest, _host_pb2.RemoveFaultRuleResponse]  # type: ignore[assignment]
     """RemoveFaultRule removes one."""
     ExplainReason: _aio.UnaryUnaryMultiCallable[_host_pb2.ExplainReasonRequest, _host_pb2.ExplainReasonResponse]  # type: ignore[assignment]
@@ -208,12 +216,20 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         """GetAccounting says who uses what, double allocation included."""
 
     @_abc_1.abstractmethod
+    def CheckHost(
+        self,
+        request: _host_pb2.CheckHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.CheckHostResponse, _abc.Awaitable[_host_pb2.CheckHostResponse]]:
+        """CheckHost checks the invariants over the whole state, under the lock: a sweep of the host."""
+
+    @_abc_1.abstractmethod
     def AddFaultRule(
         self,
         request: _host_pb2.AddFaultRuleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.AddFaultRuleResponse, _abc.Awaitable[_host_pb2.AddFaultRuleResponse]]:
-        """AddFaultRule makes a named point go wrong at its Nth passage."""
+        """AddFaultRule makes a named point go wrong, or a step take its time, at its Nth passage."""
 
     @_abc_1.abstractmethod
     def ListFaultRules(
@@ -222,6 +238,14 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.ListFaultRulesResponse, _abc.Awaitable[_host_pb2.ListFaultRulesResponse]]:
         """ListFaultRules lists the rules that still wait."""
+
+    @_abc_1.abstractmethod
+    def ListFaultPoints(
+        self,
+        request: _host_pb2.ListFaultPointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.ListFaultPointsResponse, _abc.Awaitable[_host_pb2.ListFaultPointsResponse]]:
+        """ListFaultPoints lists the points at which rules can strike."""
 
     @_abc_1.abstractmethod
     def RemoveFaultRule(
