@@ -20,7 +20,7 @@ define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
 endef
 
-.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench client protos protos-baseline man lock clean
+.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench mutants linearizability oracle client protos protos-baseline man lock clean
 
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
@@ -72,6 +72,18 @@ check-client: $(READY)
 # figures as ratios beside their floors, into build/bench.jsonl
 bench: $(READY)
 	@$(BIN)/python -m tests.bench
+
+# concurrent histories of a daemon by both doors, decided, with wrong replies planted: RMEMD_HISTORIES=10000
+linearizability: $(READY)
+	@cd tests && ../$(BIN)/python -m linearizability
+
+# the engine against the executable specification: make oracle STEPS=1000000
+oracle: $(READY)
+	@RMEMD_ORACLE_STEPS=$(or $(STEPS),200000) $(BIN)/python -m pytest -q tests/oracle $(ARGS)
+
+# plant every bug of tests/planted/catalogue.py, each in a process of its own; its named check kills it
+mutants: $(READY)
+	@PYTHONPATH=tests $(BIN)/python -m planted.run $(ARGS)
 
 # write the Python client's sync modules anew, from rmem_client/aio
 client: $(READY)
