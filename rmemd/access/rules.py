@@ -100,7 +100,7 @@ def _whose(owner: Owner) -> str:
 
 
 def admit(core: Core, caller: Caller, name: str, request: Any) -> None:
-    """Check that a caller may make a call with this request.
+    """Check that a caller may make a call with this request; takes the engine's lock if it must.
 
     Args:
         core: the engine's, for the owners of what is named.
@@ -118,6 +118,12 @@ def admit(core: Core, caller: Caller, name: str, request: Any) -> None:
             f"{name} is not for the {caller.role} role", state=f"role {caller.role}",
             rule="one table says which call is for whom",
         )  # fmt: skip
+    if rule.scopes:
+        # under the lock: beside it an object may be half destroyed, and be there again if undone
+        core.read(lambda: _look(core, rule, caller, request))
+
+
+def _look(core: Core, rule: Rule, caller: Caller, request: Any) -> None:
     for scope in rule.scopes:
         scope(core, caller, request)
 

@@ -138,7 +138,7 @@ def _handler(
             if isinstance(turn, bytes):
                 return turn
             request = _parse(request_class, data, limit)
-            front.engine.read(lambda core: admit(core, call.caller, name, request))
+            admit(front.engine.core, call.caller, name, request)
             reply: Message = function(request, call)
             return reply if turn is None else turn.replied(reply.SerializeToString())
         raise AssertionError("unreachable: aborting raises")
@@ -149,7 +149,7 @@ def _handler(
             # a revision means nothing to another daemon than the one that told it
             context.send_initial_metadata(((DAEMON, front.life),))
             request = _parse(request_class, data, limit)
-            front.engine.read(lambda core: admit(core, call.caller, name, request))
+            admit(front.engine.core, call.caller, name, request)
             with _streams.of(call.caller.tenant, front.engine.core.quotas):
                 yield from function(request, call)
 

@@ -37,14 +37,19 @@ def to_status(refusal: RmemError, revision: int, correlation: str) -> grpc.Statu
 
 def status_of(refusal: RmemError, revision: int, correlation: str) -> Status:
     """Return a refusal as google.rpc.Status, as a long job's operation carries it too."""
-    code = grpc.StatusCode[refusal.reason.kind.code]
     refusal = _bounded(refusal)
-    status = Status(code=code.value[0], message=f"{refusal.reason.name}: {refusal.message}")
+    status = Status(code=code_of(refusal), message=f"{refusal.reason.name}: {refusal.message}")
     for detail in (info(refusal, correlation), refusal_of(refusal, revision), *_by_kind(refusal)):
         packed = AnyMessage()
         packed.Pack(detail)
         status.details.append(packed)
     return status
+
+
+def code_of(refusal: RmemError) -> int:
+    """Return a refusal's google.rpc.Code, which numbers them as gRPC does."""
+    number: int = grpc.StatusCode[refusal.reason.kind.code].value[0]
+    return number
 
 
 def refusal_of(refusal: RmemError, revision: int = 0) -> types_pb2.Refusal:

@@ -26,7 +26,7 @@ from rmemd.errors import (
 )
 from rmemd.rpc.dispatch import name_error
 from rmemd.rpc.observe import Called, Observer, tell
-from rmemd.rpc.status import refusal_of, shorten
+from rmemd.rpc.status import code_of, refusal_of, shorten
 from rmemd.session.wire import RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
 from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
 
@@ -34,11 +34,6 @@ ECANCELED = 125
 CANCELLED_CODE = 1
 MESSAGE_MAX = 512
 RULES: dict[int, str] = {op: f"Session/{op.name}" for op in Op}
-_CODES = {
-    "INVALID_ARGUMENT": 3, "NOT_FOUND": 5, "ALREADY_EXISTS": 6, "PERMISSION_DENIED": 7,
-    "RESOURCE_EXHAUSTED": 8, "FAILED_PRECONDITION": 9, "ABORTED": 10, "OUT_OF_RANGE": 11,
-    "INTERNAL": 13, "UNAVAILABLE": 14, "DATA_LOSS": 15, "UNAUTHENTICATED": 16, "CANCELLED": 1,
-}  # fmt: skip
 Result = tuple[int, bytes]
 Handler = Callable[[Record, bytes, int], Result]
 NOTHING = (0, b"")
@@ -130,7 +125,7 @@ class Operations:
         for at, name in UNUSED[record.op]:
             if record[at]:
                 raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
-        self._engine.read(lambda core: admit(core, self._caller, RULES[record.op], record))
+        admit(self._engine.core, self._caller, RULES[record.op], record)
         if not use.payload:
             return b""
         end = record.payload_offset + record.payload_length
@@ -253,11 +248,6 @@ class Operations:
         pgoff, npages = _pages(r.start, r.length)
         self._engine.userfault_wake(r.object, pgoff, npages, self._caller.session)
         return NOTHING
-
-
-def code_of(refusal: RmemError) -> int:
-    """Return a refusal's google.rpc.Code."""
-    return _CODES[refusal.reason.kind.code]
 
 
 def _pages(start: int, length: int) -> tuple[int, int]:

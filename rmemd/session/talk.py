@@ -21,11 +21,11 @@ from rmemd.errors import BAD_REQUEST, TOKEN_UNKNOWN, RmemError
 from rmemd.model.sessions import SessionInfo
 from rmemd.rpc.dispatch import name_error
 from rmemd.rpc.observe import Observer
-from rmemd.rpc.status import refusal_of
+from rmemd.rpc.status import code_of, refusal_of
 from rmemd.session import descriptors
 from rmemd.session.connection import Connection
 from rmemd.session.descriptors import Passed
-from rmemd.session.ops import Operations, code_of
+from rmemd.session.ops import Operations
 from rmemd.session.wire import (
     DATAGRAM_MAX,
     RECORD,
