@@ -328,6 +328,20 @@ ROLE_DENIED = _reason("ROLE_DENIED", Kind.DENIED, "EACCES",
 NOT_GRANTED = _reason("NOT_GRANTED", Kind.DENIED, "EACCES",
     "The device session was not granted the whole range, or only for reading.",
     "Have the VMM grant the range.")
+# --- the daemon's life -----------------------------------------------------------------------
+SAFE_MODE = _reason("SAFE_MODE", Kind.UNAVAILABLE, "EROFS",
+    "The daemon died again and again right after its start; all memory is kept, and nothing "
+    "changes.",
+    "Read what its log says of the deaths, mend that, then `rmemctl host upgrade`.")
+HANDING_OVER = _reason("HANDING_OVER", Kind.UNAVAILABLE, "EINTR",
+    "The daemon makes way for its successor, and the call stopped between two steps.",
+    "Make the call again, under the same request id; the client library does.")
+NO_KEEPER = _reason("NO_KEEPER", Kind.REFUSED, "EBUSY",
+    "Nobody keeps the daemon's memory, so a successor would find none.",
+    "Start the daemon with a keeper, or under a service manager with a descriptor store.")
+MEMORY_LOST = _reason("MEMORY_LOST", Kind.POISON, "EIO",
+    "The daemon that had it, and its keeper, are gone with all guest memory.",
+    "Make the guests anew: what they held is nowhere.")
 # --- memslots and bindings -------------------------------------------------------------------
 SLOT_INVALID = _reason("SLOT_INVALID", Kind.INVALID, "EINVAL",
     "The slot number, flags, size, address or offset is not valid for a memslot.",

@@ -45,6 +45,7 @@ class Guard:
         deadline_seconds: how long a hook may take.
         overdue: (vm, hook, seconds) of overdue calls, until the engine has frozen their VMs.
         report: told of a plugin's fault with its traceback at hand; the daemon logs it.
+        watch: told of each hook that agreed in a transaction: (tx, vm, op, its arguments, answer).
         calls, overdue_calls: hooks called, and those that took too long, since the start.
     """
 
@@ -52,6 +53,7 @@ class Guard:
     deadline_seconds: float = DEADLINE_SECONDS
     overdue: list[tuple[int, str, float]] = field(default_factory=list)
     report: Callable[[str, BaseException], None] = lambda where, error: None
+    watch: Callable[[Tx, int, str, tuple[Any, ...], Any], None] | None = None
     calls: int = 0
     overdue_calls: int = 0
 
@@ -102,6 +104,8 @@ class Platform:
         check = _PLATFORM_ANSWERS.get(op)
         if check is not None and not _sound(check, answer, args[1:]):
             raise _nonsense(where, answer)
+        if self._guard.watch is not None:
+            self._guard.watch(tx, vm, op, args[1:], answer)
         return answer
 
 
@@ -141,6 +145,8 @@ class Consumer:
         answer = self._guard.call(self.vm, where, getattr(self.ops, op), hook_tx, *args)
         if not _sound(_ANSWERS[op], answer, args):
             raise _nonsense(where, answer)
+        if self._guard.watch is not None:
+            self._guard.watch(tx, self.vm, op, args, answer)
         return answer
 
     def page_state(self, gfns: Any, pfns: Any) -> PageStates | None:

@@ -117,8 +117,9 @@ class Registry:
             if variant.name in offers or (taken is not None and taken.platform != name):
                 raise ValueError(f"{variant.name} is offered by another plugin")
             mark = tx.mark()
-            # on a host that has no key left a reload must still be possible
-            probe = self._make(tx, 0, platform, variant, {}, importing=reloading)
+            # on a host that has no key left a reload must still be possible, and a restart
+            importing = reloading or tx.reopening
+            probe = self._make(tx, 0, platform, variant, {}, importing)
             tx.rollback(mark)
             offers[variant.name] = Offer(name, variant, probe.ops)
         return Staged(platform, offers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,7 +29,8 @@ NOTHING = np.empty(0, dtype=np.int64)
 class View:
     """A range of guest frames of one VM; ``zapped`` says whose mappings go, None for all.
 
-    A conversion leaves what has the wanted state already as it is (Linux's attr_filter).
+    A conversion leaves what has the wanted state already as it is, and a change to one half of a
+    file what maps the other (Linux's attr_filter).
     """
 
     vm: Vm
@@ -44,6 +45,17 @@ def views_of(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> list[
         View(core.vms.get(binding.vm), binding.gfn + lo - binding.pgoff, n)
         for binding, lo, n in file.bound(pgoff, npages)
     ]
+
+
+def views_of_half(
+    core: Core, file: RestrictedFile, pgoff: int, npages: int, private: bool
+) -> list[View]:
+    """Return the views of a file range, of which only the mappings of one half go.
+
+    In place one half serves either state, so all of them do. Source: restrictedmem.md §2, flags.
+    """
+    zapped = None if file.info.in_place else private
+    return [replace(view, zapped=zapped) for view in views_of(core, file, pgoff, npages)]
 
 
 @contextmanager

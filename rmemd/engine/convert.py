@@ -14,7 +14,7 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
-from rmemd.engine.core import Core, Step, Steps, private_key
+from rmemd.engine.core import Core, Step, Steps, decided, private_key
 from rmemd.engine.memory import mark_shared
 from rmemd.errors import (
     ATTRIBUTES_UNSUPPORTED,
@@ -28,7 +28,7 @@ from rmemd.errors import (
 )
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Content, Runs, Why
-from rmemd.model.files import RestrictedFile
+from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import ARENA, Stored, Use
 from rmemd.model.vms import ATTRIBUTE_PRIVATE, Slot, Vm
 from rmemd.store.controller import Contents
@@ -143,8 +143,7 @@ def convert_file(
             errno=ENOTTY, rule=RULE_IN_PLACE,
         )  # fmt: skip
     done = yield from core.unit(lambda: _convert_by_host(core, number, start, npages, private))
-    yield from discard(core, number, start, npages, private, done)
-    return done
+    return decided(done, partial(discard, core, number, start, npages, private, done))
 
 
 def convert_by_guest(
@@ -196,7 +195,8 @@ def _convert(
     changing = present[file.attributes.get(present) != int(private)]
     pfns = np.asarray(file.frames.get(changing), dtype=np.int64) - 1
     if private:
-        _require_unreferenced(core, vm, changing, pfns)
+        # Linux asks of every folio of the range, also of those that are private already
+        _require_unreferenced(core, file, vm, present)
     changed = npages - int(_count(file, start, npages, private))
     with invalidating(core, tx, views, Why.CONVERT):
         content = _ask(core, tx, vm, file, changing, pfns, private)
@@ -241,14 +241,16 @@ def _ask(
     return answer
 
 
-def _require_unreferenced(core: Core, vm: Vm, pgoffs: I64, pfns: I64) -> None:
+def _require_unreferenced(core: Core, file: RestrictedFile, vm: Vm, pgoffs: I64) -> None:
     """To private needs refcount == nr_pages + 1: nobody but the page cache and the consumer."""
+    pfns = np.asarray(file.frames.get(pgoffs), dtype=np.int64) - 1
     extra = held_by_others(core, vm, pfns)
     if extra.any():
         at = int(np.flatnonzero(extra)[0])
         refusal = FOLIO_BUSY(
             f"pgoff {int(pgoffs[at]):#x} is referenced",
-            page=f"pgoff {int(pgoffs[at]):#x}", state="shared", rule=RULE_IN_PLACE,
+            page=f"pgoff {int(pgoffs[at]):#x}", rule=RULE_IN_PLACE,
+            state="private" if file.attributes.at(int(pgoffs[at])) == PRIVATE else "shared",
             holders=core.ledger.holders(int(pfns[at])), error_offset=int(pgoffs[at]) * PAGE_SIZE,
         )  # fmt: skip
         raise core.waits.refused(refusal, int(pfns[at]))

@@ -11,20 +11,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
+from rmemd.engine import reopen
+from rmemd.engine.calls import Calls, Run, looked_up, named
 from rmemd.engine.cancel import Cancelled, never
 from rmemd.engine.fairlock import FairLock
 from rmemd.engine.faultrules import FaultRules
 from rmemd.engine.journal import Journal
 from rmemd.engine.listeners import Listeners
+from rmemd.engine.notes import Notes
 from rmemd.engine.pendingfaults import PendingFaults
 from rmemd.engine.quotas import Quotas
 from rmemd.engine.ranges import Ranges
+from rmemd.engine.tracing import Tracer
 from rmemd.engine.waits import GaveUp, Operation, Retry, WaitFor, Waits
 from rmemd.errors import NO_SUCH_VM
 from rmemd.hooks.tables import Space
@@ -36,13 +40,22 @@ from rmemd.model.ledger import Ledger
 from rmemd.model.sessions import Sessions
 from rmemd.model.userfaults import Userfaults
 from rmemd.model.vms import Vcpu, Vm, Vms
-from rmemd.store.controller import Contents, MemoryController
+from rmemd.store.controller import Contents, MemoryController, page_sums
+from rmemd.store.keeping import ARENA as ARENA_NAME
+from rmemd.store.keeping import Keeping, file_name
 from rmemd.store.memfd import Memfd
-from rmemd.units import I64
+from rmemd.store.system import SYSTEM, System
+from rmemd.units import I64, U8
+
+if TYPE_CHECKING:
+    from rmemd.engine.invariants import Part
+    from rmemd.engine.monitors import Monitors
 
 T = TypeVar("T")
 # byte work up to this many pages is done under the lock: letting go would cost more
 INLINE_PAGES = 8
+# the options that a log was written under
+FACTS = ("nframes", "nnodes", "seed", "binding_overlap_errno")
 
 
 @dataclass
@@ -54,7 +67,8 @@ class Step:
     pause, named so that a test can hold the operation there. ``wait``: wait until something
     changed; ``on`` tells the wait graph what for. An ``interruptible`` one says in ``cancelled``
     that the caller has gone, instead of waiting on. A fault rule can delay it by its ``name``
-    (``faultrules.at_step``) and ``vm``, 0 where it is of none.
+    (``faultrules.at_step``) and ``vm``, 0 where it is of none. The rest is what came of it:
+    ``delay_seconds`` of fault rules, and the ``contents`` that its work made of frames.
     """
 
     name: str
@@ -65,9 +79,38 @@ class Step:
     interruptible: bool = False
     cancelled: bool = False
     vm: int = 0
+    delay_seconds: float = 0
+    contents: list[Contents] = field(default_factory=list)
 
 
 Steps = Generator[Step, None, T]
+
+
+@dataclass(frozen=True)
+class _Decided:
+    result: Any
+    then: Callable[[], Steps[None]]
+
+
+def decided(result: T, then: Callable[[], Steps[None]]) -> T:
+    """Return what an operation came to, with what is still to be destroyed on account of it.
+
+    Only an operation's own return can be this. The result is noted with the record that decides
+    it, before the destruction, which lets the lock go. A restart finds in the state what was not
+    destroyed (``reopen.settle``).
+    """
+    return cast("T", _Decided(result, then))
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """What ``Core.run`` was asked for; the attributes are its arguments."""
+
+    operation: Callable[[], Steps[T]]
+    who: str
+    made_by: object
+    cancelled: Callable[[], bool]
+    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +120,10 @@ class Options:
     Attributes:
         binding_overlap_errno: EEXIST (17) as Linux 7.2, or EINVAL (22) as up to 7.1.
         inline_pages: byte work up to this many pages is done under the lock.
-        kept_records: journal records kept in memory, None for all.
+        kept_records: journal records kept in memory too, None for all.
+        system: makes the system calls about memfds.
+        journalled: whether there is a log, from which the state can be had back.
+        life: names the memory: what lives and dies with it, whoever runs the engine.
     """
 
     nframes: int
@@ -85,7 +131,15 @@ class Options:
     seed: int = 0
     binding_overlap_errno: int = 22
     inline_pages: int = INLINE_PAGES
-    kept_records: int | None = 4096
+    kept_records: int | None = 0
+    system: System = SYSTEM
+    journalled: bool = False
+    life: str = ""
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """Return what a log is of: with other options it would mean another state."""
+        return {name: getattr(self, name) for name in FACTS}
 
 
 class Core:
@@ -93,39 +147,61 @@ class Core:
 
     Attributes:
         leaving: VMs whose session ends; their vCPUs exit.
+        read_only: why no caller may change anything, "" where they may.
         quotas: the limits of tenants.
         listeners: who is told of what happens to a session.
+        drive: runs an operation to its end, and returns its result; ``stepwise`` interleaves
+            several instead.
+        watch: told of every transaction, while somebody watches (``engine.monitors``).
+        watched: who watched last, with what was found.
+        parts: what ``engine.invariants`` checks beside its own, from those above the engine.
         hold: told of each step between two transactions; a test holds operations there.
+        tracer: told of the operations while they are recorded or replayed.
         breathe: called in a pause, without the lock; the daemon lets other threads in there.
         pause: called with seconds where a fault rule delays a step, without the lock; nothing here
             has a clock.
         scrubbed_frames: frames whose bytes were destroyed since the start; a measure, not state.
         waits: who waits for whom.
+        wakes: how often those who wait were told to look again; a measure, not state.
     """
 
-    def __init__(self, options: Options, guard: Guard) -> None:
-        self.options = options
+    def __init__(self, options: Options, guard: Guard, keeping: Keeping) -> None:
+        self._lock = FairLock()
+        self._changed = threading.Condition(cast("threading.RLock", self._lock))
+        self.keeping = keeping
         self.space = Space()
-        self.journal = Journal(options.kept_records)
+        opened = reopen.open_log(options.life, options.facts, keeping, options.journalled)
+        self.life = opened.life
+        self.options = options = replace(options, **opened.facts)
+        self.journal = Journal(opened.log, opened.header, options.kept_records)
+        self.notes = Notes(self.journal, self._changed)
+        self.calls = Calls(self.notes)
+        self.read_back = reopen.read(opened, self.space, self.journal, self.notes)
         self.waits = Waits(self.journal)
+        self.wakes = 0
         self.rules = FaultRules(options.seed)
         self.guard = guard
         self.consumers: dict[int, Consumer] = {}
         self.running: set[tuple[int, int]] = set()
         self.draining = False
+        self.read_only = ""
         self.leaving: set[int] = set()
         self.quotas = Quotas()
         self.listeners = Listeners()
+        self.drive: Callable[[Call[Any]], Any] = self.drain
+        self.watch: Monitors | None = None
+        self.watched: Monitors | None = None
+        self.parts: list[Part] = []
         self.hold: Callable[[str], None] | None = None
+        self.tracer: Tracer | None = None
         self.breathe: Callable[[], None] = lambda: None
         self.pause: Callable[[float], None] = lambda seconds: None
-        self._changed = threading.Condition(cast("threading.RLock", FairLock()))
         self.ranges = Ranges(self.waits, self.wake_waiting)
         self._scrub: list[I64] = []
         self.scrubbed_frames = 0
         self._shared: dict[int, Memfd] = {}
         self.registry = Registry(self.space, guard, self)
-        tx = Tx(self.space, "start")
+        tx = Tx(self.space, "start", reopening=self.read_back is not None)
         self.host = Host(self.space, tx, options.nframes, options.nnodes)
         self.ledger = Ledger(self.host, tx)
         self.files = Files(self.space, tx)
@@ -134,8 +210,17 @@ class Core:
         self.userfaults = Userfaults(tx)
         self.pending_faults = PendingFaults(self.userfaults)
         self.registry.load_installed(tx, options.nframes)
-        self.journal.append(tx)
-        self.controller = MemoryController(self.host, options.seed)
+        self.controller = MemoryController(
+            self.host, options.seed, keeping.take(ARENA_NAME), options.system
+        )
+        keeping.keep(ARENA_NAME, self.controller.arena_fd)
+        self.journal.checkpoint = partial(reopen.checkpoint, self.space, self.journal, self.notes)
+        if self.read_back is not None:
+            reopen.resume_consumers(self, tx)
+            self.calls.restore()
+        if tx.redo:
+            self.journal.append(tx)
+            self.journal.flush()
 
     # --- running operations ------------------------------------------------------------------
     def run(
@@ -144,6 +229,7 @@ class Core:
         who: str = "",
         named_by: object = None,
         cancelled: Callable[[], bool] = never,
+        repeatable: bool = False,
     ) -> T:
         """Run an operation to its end and return its result.
 
@@ -154,30 +240,57 @@ class Core:
             named_by: see ``who``.
             cancelled: whether the caller has gone; a wait that can be interrupted then is. Unless
                 it is a ``Cancelled``, whoever makes it true must call ``wake``.
+            repeatable: whether a repeat of the call that it is made for just runs again, instead
+                of being told what it came to (``calls``).
         """
+        run = None if repeatable else self.calls.next_run()
+        known = None if run is None else self.calls.known(run)
+        if known is not None:
+            return cast("T", looked_up(self, known[0]))
+        result: T = self.drive(Call(operation, who, named_by or operation, cancelled, run))
+        return result
+
+    def drain(self, call: Call[T]) -> T:
+        """Run an operation to its end in the calling thread: what ``drive`` is by default."""
         with self._changed:
             before = self.waits.current
-            mine = self.waits.begin(who, named_by or operation)
-            steps = self.and_scrub(operation)
+            mine = self.waits.begin(call.who, call.made_by)
+            if self.tracer is not None:
+                self.tracer.begun(mine)
+            steps = self.and_scrub(call.operation, call.run)
             try:
                 step = next(steps)
                 while True:
-                    step = self._take(steps, step, mine, cancelled)
+                    step = self._take(steps, step, mine, call.cancelled)
             except StopIteration as end:
                 result: T = end.value
                 return result
             finally:
                 steps.close()
+                if self.tracer is not None:
+                    self.tracer.ended(mine)
                 self.waits.end(mine, before)
-                self._changed.notify_all()
+                self.wake_waiting()
+                self.journal.flush()
 
-    def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
-        """Run an operation, then give back what it freed, even if it was refused in the end."""
+    def and_scrub(self, operation: Callable[[], Steps[T]], run: Run | None = None) -> Steps[T]:
+        """Run an operation, then give back what it freed, even if it was refused in the end.
+
+        What it came to is noted first, so that this goes with its last record.
+        """
+        before = self.journal.revision
         try:
             result = yield from operation()
         except Exception:
             yield from self.scrub()
             raise
+        then = None
+        if isinstance(result, _Decided):
+            result, then = result.result, result.then
+        if run is not None and self.journal.revision != before:
+            self.calls.came_to(run, named(result))
+        if then is not None:
+            yield from then()
         yield from self.scrub()
         return result
 
@@ -192,35 +305,38 @@ class Core:
             self._changed.wait_for(lambda: self.journal.revision > revision, timeout)
             return self.journal.revision
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock, for who advances an operation step by step."""
+        with self._changed:
+            yield
+
     def wake(self) -> None:
         """Have everybody who waits look again."""
         with self._changed:
             self.wake_waiting()
 
+    def is_locked(self) -> bool:
+        """Return whether the calling thread holds the lock, as it does in a step."""
+        return self._lock.is_owned()
+
     def wake_waiting(self) -> None:
         """Have everybody who waits look again, from within an operation."""
+        self.wakes += 1
         self._changed.notify_all()
 
     def _take(
         self, steps: Steps[T], step: Step, mine: Operation, cancelled: Callable[[], bool]
     ) -> Step:
         try:
-            if step.tx is not None:
-                self._move_bytes(step)
-            elif step.wait:
-                if step.interruptible:
-                    step.cancelled = self._has_gone(cancelled)
-                if not step.cancelled:
-                    with self.waits.waiting(mine, step.on or WaitFor("", step.name)):
+            if not self.done_at_once(step, cancelled):
+                with self.away(step, mine):
+                    if step.wait:
                         self._changed.wait()
-            else:
-                delay = self.rules.delay(step.vm, step.name)
-                with self._unlocked():
-                    self._linger(step, delay)
-                    if step.work is not None:
-                        step.work()
                     else:
-                        self.breathe()
+                        with self._unlocked():
+                            self.work(step)
+                self.come_back(step)
         except Exception as error:
             self.waits.current = mine
             return steps.throw(error)
@@ -228,45 +344,74 @@ class Core:
         self.waits.current = mine
         return steps.send(None)
 
+    def done_at_once(self, step: Step, cancelled: Callable[[], bool]) -> bool:
+        """Do a step that does not let the lock go: few bytes, or a wait whose caller has gone."""
+        if step.wait:
+            step.cancelled = step.interruptible and self._has_gone(cancelled)
+            return step.cancelled
+        step.delay_seconds = self.rules.delay(step.vm, step.name)
+        tx = step.tx
+        if tx is None or step.work is not None or self.hold is not None or step.delay_seconds:
+            return False
+        if sum(op.pfns.size for op in tx.byte_ops) > self.options.inline_pages:
+            return False
+        self.controller.apply(tx, self._perform(tx))
+        return True
+
+    @contextmanager
+    def away(self, step: Step, mine: Operation) -> Iterator[None]:
+        """Have others meet an operation as they do while its step lets the lock go."""
+        self.journal.flush()
+        try:
+            if step.wait:
+                with self.waits.waiting(mine, step.on or WaitFor("", step.name)):
+                    yield
+            elif step.tx is None:
+                yield
+            else:
+                step.tx.suspend()
+                with self.waits.holding(step.tx):
+                    yield
+        finally:
+            if self.tracer is not None:
+                self.tracer.resumed(mine, step)
+
+    def work(self, step: Step) -> None:
+        """Do a step's own work, for which the lock is not needed."""
+        if self.hold is not None:
+            self.hold(step.name)
+        if step.delay_seconds:
+            self.pause(step.delay_seconds)
+        if step.tx is not None:
+            step.contents += self._perform(step.tx)
+        if step.work is not None:
+            step.contents += step.work() or []
+        elif step.tx is None:
+            self.breathe()
+
+    def come_back(self, step: Step) -> None:
+        """Go on after a step, under the lock: what its transaction did counts again."""
+        if step.tx is not None:
+            step.tx.resume()
+            self.controller.apply(step.tx, step.contents)
+
     def _has_gone(self, cancelled: Callable[[], bool]) -> bool:
         # subscribed before asked, so that a caller who goes in between is not missed
         if isinstance(cancelled, Cancelled):
             cancelled.wake(self.wake)
         return cancelled()
 
-    def _move_bytes(self, step: Step) -> None:
-        tx = step.tx
-        assert tx is not None
-        pages = sum(op.pfns.size for op in tx.byte_ops)
-        delay = self.rules.delay(step.vm, step.name)
-        inline = step.work is None and pages <= self.options.inline_pages
-        if inline and self.hold is None and not delay:
-            self.controller.apply(tx, self._perform(tx))
-            return
-        tx.suspend()
-        with self.waits.holding(tx), self._unlocked():
-            self._linger(step, delay)
-            contents = self._perform(tx)
-            if step.work is not None:
-                contents += step.work() or []
-        tx.resume()
-        self.controller.apply(tx, contents)
-
-    def _linger(self, step: Step, delay_seconds: float) -> None:
-        if self.hold is not None:
-            self.hold(step.name)
-        if delay_seconds:
-            self.pause(delay_seconds)
-
     def _perform(self, tx: Tx) -> list[Contents]:
         """Do the byte work that a transaction has named and that is not done yet."""
+        if self.watch is not None:
+            self.watch.moving(tx)
         contents = self.controller.perform(tx.byte_ops)
         tx.byte_ops.clear()
         return contents
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
-        self._changed.notify_all()
+        self.wake_waiting()
         self._changed.release()
         try:
             yield
@@ -285,16 +430,24 @@ class Core:
             yield tx
             # what was named after the last step, or by an operation that has none
             self.controller.apply(tx, self._perform(tx))
+            if self.tracer is not None:
+                self.tracer.committing()
             self._freeze_overdue(tx)
+            committed = bool(tx.redo or tx.events)
+            if committed:
+                self._name_tenants(tx)
+                self.journal.append(tx)
         except BaseException:
             if tx in self.space.holders:
                 tx.release()
             else:
                 tx.rollback()
             raise
-        if tx.redo or tx.events:
-            self._name_tenants(tx)
-            self.journal.append(tx)
+        if committed:
+            if self.tracer is not None:
+                self.tracer.committed(tx)
+            if self.watch is not None:
+                self.watch.committed(tx)
             if self.pending_faults.waiting:
                 self.pending_faults.settle()
         self._scrub.extend(tx.freed)
@@ -325,6 +478,24 @@ class Core:
             if give_up():
                 raise GaveUp
             yield Step("wait", wait=True, on=on)
+
+    def write_in_place(self, tx: Tx, contents: Contents, raw: U8) -> None:
+        """Record a write into frames that somebody owns; ``store_in_place`` comes next.
+
+        The sums say after a crash which of its pages the write had reached.
+        """
+        self.controller.apply(tx, [contents])
+        tx.in_place.append((contents.pfns, page_sums(raw)))
+
+    def store_in_place(self, contents: Contents, raw: U8) -> None:
+        """Write the bytes of a write in place, after its record."""
+        self.journal.flush()
+        self.controller.store_raw(contents.pfns, raw)
+
+    def scrub_later(self, pfns: I64) -> None:
+        """Have frames that are recorded as freed be destroyed by the next ``scrub``."""
+        if pfns.size:
+            self._scrub.append(pfns)
 
     def scrub(self) -> Steps[None]:
         """Destroy the bytes of frames whose freeing is recorded, then give the frames back."""
@@ -379,24 +550,40 @@ class Core:
         """Return a file's shared memfd, made when it is first needed."""
         number = file.info.file
         if number not in self._shared:
-            self._shared[number] = Memfd(f"rmemd-file-{number}", file.info.size_pages)
-        return self._shared[number]
+            name = file_name(number)
+            kept = self.keeping.take(name)
+            self._shared[number] = Memfd(
+                f"rmemd-file-{number}", file.info.size_pages, kept, self.options.system
+            )
+            self.keeping.keep(name, self._shared[number].fd)
+            self.notes.set(reopen.SHARED_MEMFDS, number, True, flush=False)
+        memfd = self._shared[number]
+        return memfd if self.tracer is None else self.tracer.shared(number, memfd)
 
     def has_shared_memory(self, file: RestrictedFile) -> bool:
         """Return whether anything was ever shared of a file."""
         return file.info.file in self._shared
 
+    def shared_descriptors(self) -> dict[int, int]:
+        """Return the descriptor of each shared memfd, by file."""
+        return {file: memfd.fd for file, memfd in self._shared.items()}
+
     def forget_shared_memory(self, file: int) -> None:
         """Close a file's shared memfd; what clients have mapped stays theirs."""
         memfd = self._shared.pop(file, None)
         if memfd is not None:
+            # its bytes go with the last descriptor: not before the record that says so
+            self.notes.drop(reopen.SHARED_MEMFDS, file, flush=True)
+            self.keeping.drop(file_name(file))
             memfd.close()
 
     def close(self) -> None:
-        """Let go of every memfd."""
-        for file in list(self._shared):
-            self.forget_shared_memory(file)
+        """Let go of every memfd; what is kept of them is somebody else's."""
+        for memfd in self._shared.values():
+            memfd.close()
+        self._shared.clear()
         self.controller.close()
+        self.journal.close()
 
     # --- what hooks may ask ------------------------------------------------------------------
     def kick(self, tx: Tx, vm: int) -> None:

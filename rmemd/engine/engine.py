@@ -7,6 +7,7 @@ RmemError and nothing else of its own, and is safe to call from any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from rmemd.engine import (
     plugins,
     populate,
     queries,
+    reopen,
     sessions,
     swap,
     userfaultops,
@@ -37,14 +39,16 @@ from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
 from rmemd.engine.core import Core, Options, Steps
 from rmemd.engine.faultrules import Rule
-from rmemd.engine.invariants import Checked
+from rmemd.engine.invariants import Checked, Invariant
 from rmemd.engine.migrate import Report, migrate
+from rmemd.engine.monitors import Monitors
 from rmemd.engine.pendingfaults import Message
 from rmemd.engine.physical import Poisoned
 from rmemd.engine.plugins import Reloaded
 from rmemd.engine.populate import PreFaulted
 from rmemd.engine.programme import Instruction
 from rmemd.engine.queries import Page
+from rmemd.engine.reopen import Recovered
 from rmemd.engine.sessions import Closed
 from rmemd.engine.swap import Swapped
 from rmemd.engine.vcpu import Exited
@@ -53,6 +57,7 @@ from rmemd.hooks.types import Agent
 from rmemd.model.files import Policy, RestrictedFile
 from rmemd.model.sessions import NOBODY, GrantRange, Owner, SessionInfo
 from rmemd.model.vms import Vm
+from rmemd.store.keeping import Keeping
 from rmemd.units import I64
 
 T = TypeVar("T")
@@ -64,10 +69,14 @@ class Engine:
     Attributes:
         last_check: what the last check of the invariants came to, whoever asked for it.
         checks: how many there were.
+        recovered: what reopening the state of an earlier process found and did, None if it is new.
     """
 
-    def __init__(self, options: Options, guard: Guard) -> None:
-        self.core = Core(options, guard)
+    def __init__(self, options: Options, guard: Guard, keeping: Keeping | None = None) -> None:
+        self.core = Core(options, guard, keeping or Keeping())
+        self.recovered: Recovered | None = None
+        if self.core.read_back is not None:
+            self.recovered = self.core.run(partial(reopen.settle, self.core, self.core.read_back))
         self.last_check: Checked | None = None
         self.checks = 0
 
@@ -420,8 +429,7 @@ class Engine:
         nodes = self._nodes(node)
         told = Report() if report is None else report
         wanted = np.unique(np.asarray(pfns, dtype=np.int64))
-        self.core.run(lambda: migrate(self.core, wanted, nodes, told), who)
-        return told
+        return self.core.run(lambda: migrate(self.core, wanted, nodes, told), who)
 
     def compact(self, node: int, report: Report | None = None, who: str = "") -> Compacted:
         """Compact a node. EACH."""
@@ -452,6 +460,18 @@ class Engine:
             return self.last_check
 
         return self.read(look)[1]
+
+    def watch(self, transactions: int | None = None) -> None:
+        """Have the next transactions (None: all) watched for what no state shows."""
+
+        def begin(core: Core) -> None:
+            (core.watched or Monitors(core)).begin(transactions)
+
+        self.read(begin)
+
+    def listed(self, done: Checked) -> list[Invariant]:
+        """Return every invariant there is, and how it stood at a check."""
+        return invariants.listed(self.core, done)
 
     def add_fault_rule(
         self,

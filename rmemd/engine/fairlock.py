@@ -32,6 +32,11 @@ class FairLock:
         """Let the lock go, once."""
         self._lock.release()
 
+    def is_owned(self) -> bool:
+        """Return whether the calling thread has the lock."""
+        owned: bool = self._lock._is_owned()
+        return owned
+
     def __enter__(self) -> bool:
         return self.acquire()
 
@@ -47,5 +52,4 @@ class FairLock:
             self._lock._acquire_restore(state)
 
     def _is_owned(self) -> bool:
-        owned: bool = self._lock._is_owned()
-        return owned
+        return self.is_owned()

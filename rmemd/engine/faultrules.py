@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
@@ -84,6 +84,16 @@ class FaultRules:
         added = replace(rule, rule=self._last, passages=0, hits=0)
         self._rules[added.rule] = added
         return added
+
+    def restore(self, rules: Iterable[Rule], last: int) -> None:
+        """Have these rules wait as they are; ``last`` is the last handle that was given."""
+        self._rules = {rule.rule: rule for rule in rules}
+        self._last = last
+
+    @property
+    def last(self) -> int:
+        """Return the last handle that was given."""
+        return self._last
 
     def remove(self, rule: int) -> None:
         """Remove a rule.

@@ -30,7 +30,7 @@ from rmemd.errors import (
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import AccessAnswer, AccessCode, GuestException, Runs
 from rmemd.model.vms import ATTRIBUTE_PRIVATE, READONLY, Slot, Vm, unpack
-from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, U8, pages
+from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, U8, Bools, pages
 
 # pages that one stretch of guest execution touches at most
 CHUNK_PAGES = 64
@@ -276,7 +276,11 @@ def _perform(
     lo, hi = span.start & (PAGE_SIZE - 1), (span.start + span.size - 1) % PAGE_SIZE + 1
     differs[0, :lo] = False
     differs[-1, hi:] = False
-    wrong = np.flatnonzero(differs.any(axis=1))
+    pages_differ: Bools = differs.any(axis=1)
+    if core.tracer is not None and instruction.private:
+        pfns, _ = unpack(vm.mirror.get(gfns))
+        pages_differ = core.tracer.compared(number, gfns, pfns, pages_differ)
+    wrong = np.flatnonzero(pages_differ)
     first = int(gfns[wrong[0]]) if wrong.size else -1
     return Done(span.size, gfns.size, int(wrong.size), first)
 
@@ -327,8 +331,8 @@ def store(core: Core, vm: Vm, span: Span, rows: U8, private: bool) -> Stop | Non
             rows[row, keep] = old[0, keep]
     contents, raw = core.controller.write_plan(pfns, rows, key)
     with core.tx("guest write") as tx:
-        core.controller.apply(tx, [contents])
-    core.controller.store_raw(pfns, raw)
+        core.write_in_place(tx, contents, raw)
+    core.store_in_place(contents, raw)
     return None
 
 

@@ -1,38 +1,33 @@
 """The journal: every committed transaction, in order, and the events it makes.
 
-Owns the revision. A record holds the writes of one transaction, so that replaying the records on
-an empty space gives the state back. It is kept in memory, bounded; the events are kept for those
-who watch, bounded too.
+Owns the revision, and what is written to the log when. A record holds the writes of one
+transaction, so that applying the records of a log gives the state back (``engine.recovery``). They
+are buffered and written as one frame by ``flush``, which the core calls before it lets the lock
+go, before bytes are destroyed or written in place, and before an operation's caller is answered;
+so what anybody was told is in the log, and a frame is all of a piece. Events are kept for those
+who watch, bounded.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
 
 from rmemd.errors import REVISION_COMPACTED
-from rmemd.hooks.tables import Space, Write
 from rmemd.hooks.tx import Tx
+from rmemd.store.codec import NoteEntry, Record, encode_note, encode_record
+from rmemd.store.log import Log
 
-KEPT_RECORDS = 4096
-KEPT_BYTES = 16 << 20
 KEPT_EVENTS = 65536
-
-
-@dataclass(frozen=True)
-class Record:
-    """One committed transaction."""
-
-    revision: int
-    label: str
-    writes: tuple[Write, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Return roughly how much memory the record's arrays take."""
-        arrays = (arg for write in self.writes for arg in write.args)
-        return 256 * len(self.writes) + sum(getattr(arg, "nbytes", 0) for arg in arrays)
+# events that a checkpoint carries over for those who watch across a restart
+CHECKPOINT_EVENTS = 1024
+# a log this much longer than its checkpoint gets a new one; a large state is worth more log
+CHECKPOINT_BYTES = 16 << 20
+CHECKPOINT_RATIO = 4
 
 
 @dataclass(frozen=True)
@@ -49,30 +44,108 @@ class Event:
 class Journal:
     """Records and events by revision.
 
+    Args:
+        log: where the records go; None: nowhere, and the state goes with the process.
+        header: what each generation of the log begins with.
+        kept_records: how many of the newest are kept in memory too, None for all.
+
     Attributes:
         revision: of the last committed transaction, 0 before the first.
-        records: the newest ones, bounded in number and bytes unless all are kept.
+        records: the newest ones, as many as are kept.
+        checkpoint: gives the entries that a new generation of the log begins with, encoded.
     """
 
-    def __init__(self, kept_records: int | None = KEPT_RECORDS) -> None:
+    def __init__(
+        self,
+        log: Log | None = None,
+        header: Mapping[str, Any] | None = None,
+        kept_records: int | None = 0,
+    ) -> None:
         self.revision = 0
         self.records: deque[Record] = deque(maxlen=kept_records)
-        self._bytes = 0
-        self._bounded = kept_records is not None
+        self.checkpoint: Callable[[], Iterator[bytes]] = lambda: iter(())
+        self._keeps = kept_records != 0
+        self._log = log
+        self._header = dict(header or {})
+        self._pending: list[bytes] = []
+        self._checkpoint_bytes = 0
         self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self._compacted = 0
 
     def append(self, tx: Tx) -> int:
-        """Record a transaction and return its revision."""
-        self.revision += 1
-        self._keep(Record(self.revision, tx.label, tuple(tx.redo)))
-        for kind, fields in tx.events:
-            if len(self._events) == KEPT_EVENTS:
-                self._compacted = self._events[0].revision
-            vm = int(fields.get("vm", 0))
-            named = {key: str(value) for key, value in fields.items() if key != "vm"}
-            self._events.append(Event(self.revision, tx.label, kind, vm, named))
-        return self.revision
+        """Record a transaction and return its revision.
+
+        Raises:
+            OSError: the system has no memory left for the log; nothing is recorded.
+        """
+        revision = self.revision + 1
+        record = Record(revision, tx.label, tuple(tx.redo), tuple(tx.events), tuple(tx.in_place))
+        if self._log is not None:
+            self._buffer(encode_record(record))
+        self.revision = revision
+        if self._keeps:
+            self.records.append(record)
+        self._keep_events(record)
+        return revision
+
+    def note(self, entry: NoteEntry, flush: bool) -> None:
+        """Record a note (``engine.notes``).
+
+        Raises:
+            OSError: the system has no memory left for the log; nothing is recorded.
+        """
+        if self._log is not None:
+            self._buffer(encode_note(entry))
+            if flush:
+                self.flush()
+
+    def flush(self) -> None:
+        """Have all that was recorded be in the log: one frame."""
+        if not self._pending:
+            return
+        assert self._log is not None
+        self._log.append(b"".join(self._pending))
+        self._pending.clear()
+        worth = max(CHECKPOINT_BYTES, CHECKPOINT_RATIO * self._checkpoint_bytes)
+        if self._log.since_checkpoint_bytes > worth:
+            # the log that there is goes on, and it is tried again
+            with suppress(OSError):
+                self.begin_generation()
+
+    def begin_generation(self) -> None:
+        """Begin the log anew with a checkpoint of the state; the older part is let go.
+
+        Raises:
+            OSError: the system has no memory left; the log goes on as it is.
+        """
+        assert self._log is not None
+        assert not self._pending
+        opened = self._log.begin_checkpoint(self._header)
+        for entries in self.checkpoint():
+            opened.write(entries)
+        opened.commit()
+        self._checkpoint_bytes = self._log.size_bytes
+
+    def restore(self, record: Record) -> None:
+        """Take a record over from a log that is read; its writes are the caller's to apply."""
+        if not self.revision:
+            self._compacted = record.revision - 1
+        self.revision = record.revision
+        self._keep_events(record)
+
+    def close(self) -> None:
+        """Let go of the log."""
+        if self._log is not None:
+            self._log.close()
+
+    # --- events ------------------------------------------------------------------------------
+    def newest_events(self) -> Iterator[Record]:
+        """Return records of no writes that carry the newest events over to a checkpoint."""
+        newest = list(islice(reversed(self._events), CHECKPOINT_EVENTS))[::-1]
+        for revision, events in groupby(newest, lambda event: event.revision):
+            told = list(events)
+            carried = tuple((event.kind, {**event.fields, "vm": event.vm}) for event in told)
+            yield Record(revision, told[0].operation, (), carried)
 
     def events_after(self, revision: int) -> list[Event]:
         """Return the events after a revision, oldest first.
@@ -91,25 +164,22 @@ class Journal:
         """Return the revision that a watch can start from at the earliest."""
         return self._compacted
 
-    def _keep(self, record: Record) -> None:
-        if self._bounded and len(self.records) == self.records.maxlen:
-            self._bytes -= self.records.popleft().nbytes
-        self.records.append(record)
-        self._bytes += record.nbytes
-        while self._bounded and self._bytes > KEPT_BYTES and len(self.records) > 1:
-            self._bytes -= self.records.popleft().nbytes
+    def _buffer(self, entry: bytes) -> None:
+        assert self._log is not None
+        # so that nothing can fail between the commit in memory and the frame
+        self._log.reserve(sum(map(len, self._pending)) + len(entry))
+        self._pending.append(entry)
+
+    def _keep_events(self, record: Record) -> None:
+        for kind, fields in record.events:
+            if len(self._events) == KEPT_EVENTS:
+                self._compacted = self._events[0].revision
+            vm = int(fields.get("vm", 0))
+            named = {key: str(value) for key, value in fields.items() if key != "vm"}
+            self._events.append(Event(record.revision, record.label, kind, vm, named))
 
     def _newest(self, revision: int) -> Iterator[Event]:
         for event in reversed(self._events):
             if event.revision <= revision:
                 return
             yield event
-
-
-def replay(records: Iterator[Record] | deque[Record]) -> Space:
-    """Build the state that the records describe; they must begin with revision 1."""
-    space = Space()
-    for record in records:
-        for write in record.writes:
-            space.apply(write)
-    return space

@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from rmemd.engine import frames
-from rmemd.engine.bracket import invalidating, views_of
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.bracket import invalidating, views_of, views_of_half
+from rmemd.engine.core import Core, Step, Steps, decided
 from rmemd.errors import (
     BAD_NODE,
     BAD_RANGE,
@@ -19,6 +19,8 @@ from rmemd.errors import (
     NOT_PAGE_ALIGNED,
     OFFSET_TOO_BIG,
     UNKNOWN_FLAG,
+    Kind,
+    RmemError,
 )
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Why
@@ -102,7 +104,16 @@ def _fallocate_range(mode: int, offset: int, length: int) -> tuple[int, int]:
 
 
 def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
-    done = 0
+    """Allocate in batches; the pages before the one that gets no frame stay (PREFIX).
+
+    Linux goes folio by folio and stops at the error. Here the page that stops it is found by
+    halves, with a transaction each.
+
+    Raises:
+        Exhausted: NO_FRAMES, QUOTA; ``progress_pages`` of the range are allocated.
+    """
+    done = allocated = 0
+    n = BATCH_PAGES
 
     def one() -> Steps[int]:
         yield from ()
@@ -116,11 +127,16 @@ def _allocate(core: Core, number: int, start: int, npages: int) -> Steps[int]:
                 settle(core, tx, file, holes, pfns)
             return int(holes.size)
 
-    allocated = 0
     while done < npages:
-        n = min(BATCH_PAGES, npages - done)
-        allocated += yield from core.unit(one)
-        done += n
+        n = min(n, npages - done)
+        try:
+            allocated += yield from core.unit(one)
+        except RmemError as refusal:
+            if n == 1 or refusal.reason.kind is not Kind.EXHAUSTED:
+                raise refusal.with_details(progress_pages=done) from refusal
+            n //= 2
+        else:
+            done += n
     return allocated
 
 
@@ -152,21 +168,31 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
         file = core.files.get(number)
         with core.tx("punch") as tx:
             present = file.frames.touched(start, npages)
-            with invalidating(core, tx, views_of(core, file, start, npages), Why.PUNCH):
+            views = views_of_half(core, file, start, npages, private=True)
+            with invalidating(core, tx, views, Why.PUNCH):
                 frames.remove(core, tx, file, present, private=True)
             if present.size:
                 tx.emit("punched", file=number, pgoff=int(present[0]), npages=present.size)
+            if file.info.in_place and core.has_shared_memory(file):
+                tx.set(core.files.discards, (number, start), npages)
             return present
 
     present = yield from core.unit(one)
     core.pending_faults.removed(number, present, private=True)
+    done = int(present.size)
+    if (number, start) not in core.files.discards:
+        return done
+    return decided(done, partial(_discard, core, number, start, npages))
+
+
+def _discard(core: Core, number: int, start: int, npages: int) -> Steps[None]:
     file = core.files.get(number)
-    if file.info.in_place and core.has_shared_memory(file):
-        there = core.shared_memory(file).present(start, npages)
-        with core.ranges.in_progress("file", number, start, npages):
-            punch = partial(core.shared_memory(file).punch, there)
-            yield Step("punch: shared", work=punch, vm=file.info.vm)
-    return int(present.size)
+    there = core.shared_memory(file).present(start, npages)
+    with core.ranges.in_progress("file", number, start, npages):
+        punch = partial(core.shared_memory(file).punch, there)
+        yield Step("punch: shared", work=punch, vm=file.info.vm)
+    with core.tx("punch: shared") as tx:
+        tx.drop(core.files.discards, (number, start))
 
 
 def close_file(core: Core, number: int) -> Steps[int]:

@@ -90,10 +90,11 @@ class Report:
             self.moves.append(Moved(src, np.full(src.size, -1), outcome, vm, gfns, why))
 
 
-def migrate(core: Core, src: I64, nodes: tuple[int, ...], report: Report) -> Steps[None]:
-    """Move pages to free frames of ``nodes``, in that order."""
+def migrate(core: Core, src: I64, nodes: tuple[int, ...], report: Report) -> Steps[Report]:
+    """Move pages to free frames of ``nodes``, in that order; return the report."""
     report.total += src.size
     yield from migrate_to(core, src, None, nodes, report)
+    return report
 
 
 def migrate_to(

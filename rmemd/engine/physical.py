@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmemd.engine.bracket import invalidating, views_of
+from rmemd.engine.bracket import invalidating, views_of_half
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core, Steps, kill
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, FRAME_NOT_OWNED, HOST_ACCESS_FAULT, HW_POISON
@@ -67,8 +67,8 @@ def write(
             _checked(core, tx, pfns, HostAccess(agent, write=True), bus)
             shared, rest = _split(core, pfns)
             contents, raw = core.controller.write_plan(pfns[rest], rows[rest], 0)
-            core.controller.apply(tx, [contents])
-        core.controller.store_raw(pfns[rest], raw)
+            core.write_in_place(tx, contents, raw)
+        core.store_in_place(contents, raw)
         _write_shared(core, pfns[shared], rows[shared])
 
     yield from core.unit(one)
@@ -176,7 +176,7 @@ def poison(core: Core, pfn: int) -> Steps[Poisoned]:
 
 def _tell_owner(core: Core, tx: Tx, file: RestrictedFile, pfns: I64, use: Use) -> Poisoned:
     pgoff, pfn = core.host.pgoff.at(int(pfns[0])), int(pfns[0])
-    views = views_of(core, file, pgoff, 1)
+    views = views_of_half(core, file, pgoff, 1, private=use is Use.PRIVATE)
     lost = ""
     for view in views:
         if use is Use.PRIVATE:

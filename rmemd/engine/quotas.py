@@ -7,8 +7,8 @@ carried along, so that a tenant far from its limit costs an addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from rmemd.errors import QUOTA, RmemError
@@ -31,21 +31,36 @@ class Limits:
 
 
 class Quotas:
-    """The limits in force. They are policy, not state: a daemon may change them as it runs."""
+    """The limits in force. They are policy, not state: a daemon may change them as it runs.
+
+    Attributes:
+        in_force: the default, and those of tenants that have their own.
+    """
 
     def __init__(self) -> None:
-        self._limits: Callable[[str], Limits] = lambda tenant: Limits()
+        self.in_force: tuple[Limits, dict[str, Limits]] = (Limits(), {})
+        self._ever: list[tuple[Limits, dict[str, Limits]]] = []
         self._frames_at_most: dict[str, int] = {}
         self._pins_at_most: dict[str, int] = {}
 
     def set(self, default: Limits, tenants: Mapping[str, Limits] | None = None) -> None:
         """Put limits in force: ``tenants`` have their own, the others ``default``."""
-        known = dict(tenants or {})
-        self._limits = lambda tenant: known.get(tenant, default)
+        self.in_force = (default, dict(tenants or {}))
+        self._ever.append(self.in_force)
 
     def of(self, tenant: str) -> Limits:
         """Return a tenant's limits."""
-        return self._limits(tenant)
+        return _limits_of(tenant, *self.in_force)
+
+    def most(self, tenant: str) -> Limits:
+        """Return the highest limits that a tenant ever had: it keeps what it got under those."""
+        ever = [_limits_of(tenant, *limits) for limits in self._ever or [self.in_force]]
+        values = {
+            one.name: [getattr(limits, one.name) for limits in ever] for one in fields(Limits)
+        }
+        return Limits(**{
+            name: UNLIMITED if UNLIMITED in found else max(found) for name, found in values.items()
+        })  # fmt: skip
 
     def charge_frames(self, core: Core, tenant: str, npages: int) -> None:
         """Check that a tenant may have so many more frames.
@@ -99,6 +114,10 @@ class Quotas:
             used = sessions_open(core, tenant)
             if used >= limit:
                 raise over("sessions", tenant, used, 1, limit)
+
+
+def _limits_of(tenant: str, default: Limits, tenants: Mapping[str, Limits]) -> Limits:
+    return tenants.get(tenant, default)
 
 
 def over(what: str, tenant: str, used: int, more: int, limit: int) -> RmemError:

@@ -48,6 +48,11 @@ class Ranges:
             ranges.sequence += 1
             self._wake()
 
+    @property
+    def any_in_progress(self) -> bool:
+        """Return whether any range is in progress."""
+        return any(ranges.busy for ranges in self._ranges.values())
+
     def is_in_progress(self, kind: str, number: int, start: int, npages: int) -> bool:
         """Return whether a range meets one in progress."""
         return self._in_the_way(kind, number, start, npages) is not None

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from rmemd.hooks.writes import TableSpec
+from rmemd.hooks.writes import TableSpec, Write
 from rmemd.units import I64
 
 LEAF_SHIFT = 12
@@ -284,6 +285,44 @@ class Sparse:
         return list(
             zip(starts[keep].tolist(), counts[keep].tolist(), values[keep].tolist(), strict=True)
         )
+
+    def content(self) -> Iterator[Write]:
+        """Yield the writes that make this table of nothing: uniform runs, then mixed leaves.
+
+        Their values are views of it: encode each write before the table changes.
+        """
+        yield Write("", "create", (self.spec,))
+        for start, n, value in self._uniform_runs():
+            if value != self.fill_value:
+                yield Write(self.name, "fill", (start, n, value))
+        for node_id, node in sorted(self._nodes.items(), key=itemgetter(0)):
+            if isinstance(node, _Node):
+                for leaf, values in sorted(node.mixed.items(), key=itemgetter(0)):
+                    start = (node_id << NODE_PAGES_SHIFT) + (leaf << LEAF_SHIFT)
+                    yield Write(self.name, "store", (start, values))
+
+    def _uniform_runs(self) -> Iterator[tuple[int, int, int]]:
+        """Yield runs (start, n, value) of the uniform leaves; mixed ones count as ``fill``."""
+        begin, end, value = 0, 0, self.fill_value
+        for start, n, next_value in self._uniform_pieces():
+            if start == end and next_value == value:
+                end += n
+                continue
+            yield begin, end - begin, value
+            begin, end, value = start, start + n, next_value
+        yield begin, end - begin, value
+
+    def _uniform_pieces(self) -> Iterator[tuple[int, int, int]]:
+        for node_id, node in sorted(self._nodes.items(), key=itemgetter(0)):
+            base = node_id << NODE_PAGES_SHIFT
+            if not isinstance(node, _Node):
+                yield base, 1 << NODE_PAGES_SHIFT, node
+                continue
+            leaves = node.uniform.copy()
+            leaves[list(node.mixed)] = self.fill_value
+            breaks = np.flatnonzero(np.diff(leaves)) + 1
+            for lo, hi in pairwise([0, *breaks.tolist(), LEAVES]):
+                yield base + (lo << LEAF_SHIFT), (hi - lo) << LEAF_SHIFT, int(leaves[lo])
 
 
 def _by_leaf(indices: I64) -> Iterator[tuple[int, Any]]:

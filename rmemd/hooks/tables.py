@@ -7,7 +7,7 @@ here answers with its inverse and remembers nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,25 @@ from numpy.typing import NDArray
 
 from rmemd.hooks.sparse import Sparse
 from rmemd.hooks.writes import TableSpec, Write
-from rmemd.units import I64
+from rmemd.units import I64, coalesce
 
 Array = NDArray[Any]
 
+CHUNK_SHIFT = 12
+CHUNK = 1 << CHUNK_SHIFT
+# entries per write of a dense table's content: enough for speed, little enough to be framed
+CONTENT_CHUNKS = 64
+# indices that are remembered as they are, and how often, before the map of chunks is marked
+_FEW = 64
+_NOTED = 256
+
 
 class Dense:
-    """An array by index 0..length, zero pages of which cost nothing until written."""
+    """An array by index 0..length, zero pages of which cost nothing until written.
+
+    It knows which chunks of 4096 entries were ever written, so that ``content`` need not look at
+    the others.
+    """
 
     def __init__(self, spec: TableSpec) -> None:
         self.spec = spec
@@ -31,6 +43,8 @@ class Dense:
             if spec.fill == 0
             else np.full(spec.length, spec.fill, dtype=spec.dtype)
         )
+        self._written = np.zeros((spec.length >> CHUNK_SHIFT) + 1, dtype=np.bool_)
+        self._noted: list[bytes] = []
 
     @property
     def view(self) -> Array:
@@ -53,20 +67,47 @@ class Dense:
             indices, values = args
             old = self._a[indices]
             self._a[indices] = values
+            self._note(indices)
             return "put", (indices, old)
-        if op == "fill":
-            start, n, value = args
-            old = self._a[start : start + n].copy()
-            self._a[start : start + n] = value
-            return "store", (start, old)
-        start, values = args
-        old = self._a[start : start + len(values)].copy()
-        self._a[start : start + len(values)] = values
+        start = args[0]
+        n, value = args[1:] if op == "fill" else (len(args[1]), args[1])
+        old = self._a[start : start + n].copy()
+        self._a[start : start + n] = value
+        self._written[start >> CHUNK_SHIFT : (start + n - 1 >> CHUNK_SHIFT) + 1] = True
         return "store", (start, old)
 
     def snapshot(self) -> Array:
         """Return a copy that compares equal exactly when the contents do."""
         return self._a.copy()
+
+    def content(self) -> Iterator[Write]:
+        """Yield the writes that make this table of nothing.
+
+        Their values are views of it: encode each write before the table changes.
+        """
+        yield Write("", "create", (self.spec,))
+        self._mark()
+        starts, counts = coalesce(np.flatnonzero(self._written).astype(np.int64))
+        for first, count in zip(starts.tolist(), counts.tolist(), strict=True):
+            for chunk in range(first, first + count, CONTENT_CHUNKS):
+                past = min(chunk + CONTENT_CHUNKS, first + count)
+                values = self.view[chunk << CHUNK_SHIFT : past << CHUNK_SHIFT]
+                if (values != self.spec.fill).any():
+                    yield Write(self.name, "store", (chunk << CHUNK_SHIFT, values))
+
+    def _note(self, indices: I64) -> None:
+        """Remember that entries were written; most puts are small, and marking costs 1 µs."""
+        if indices.size > _FEW or indices.itemsize != 8:
+            self._written[np.asarray(indices, dtype=np.int64) >> CHUNK_SHIFT] = True
+            return
+        self._noted.append(indices.tobytes())
+        if len(self._noted) == _NOTED:
+            self._mark()
+
+    def _mark(self) -> None:
+        indices = np.frombuffer(b"".join(self._noted), dtype=np.int64)
+        self._written[indices >> CHUNK_SHIFT] = True
+        self._noted.clear()
 
 
 class Records:
@@ -113,6 +154,12 @@ class Records:
     def snapshot(self) -> dict[Hashable, Any]:
         """Return a copy that compares equal exactly when the contents do."""
         return dict(self._d)
+
+    def content(self) -> Iterator[Write]:
+        """Yield the writes that make this table of nothing, keys in their order."""
+        yield Write("", "create", (self.spec,))
+        for key, value in self._d.items():
+            yield Write(self.name, "set", (key, value))
 
 
 Table = Dense | Sparse | Records

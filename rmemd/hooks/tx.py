@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from rmemd.errors import SWAP_SCHEMA
-from rmemd.hooks.tables import Dense, Records, Space, Sparse, TableSpec, Write
+from rmemd.hooks.tables import Dense, Records, Space, Sparse, Table, TableSpec, Write
 from rmemd.hooks.types import KeySpec
-from rmemd.units import I64, U8
+from rmemd.units import I64, U8, U64
 
 KEYS = "host/keys"
 VM_KEYS = "host/vm_keys"
@@ -81,15 +81,20 @@ class Tx:
         byte_ops: byte movements named to the memory controller.
         freed: frames whose bytes are to be destroyed once the record is written.
         events: what watchers are told on commit.
+        in_place: (frames, sums of their bytes) of writes in place, which follow the record.
+        reopening: whether a table that is there is handed back instead of made: the state was
+            read from a journal.
     """
 
-    def __init__(self, space: Space, label: str) -> None:
+    def __init__(self, space: Space, label: str, reopening: bool = False) -> None:
         self.label = label
         self.space = space
+        self.reopening = reopening
         self.redo: list[Write] = []
         self.byte_ops: list[ByteOp] = []
         self.freed: list[I64] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.in_place: list[tuple[I64, U64]] = []
         self._undo: list[Write] = []
         self._again: list[Write] = []
 
@@ -113,7 +118,14 @@ class Tx:
         self._do(Write(table.name, "drop", (key,)))
 
     def create(self, spec: TableSpec) -> Any:
-        """Create a table and return it."""
+        """Create a table and return it.
+
+        Raises:
+            Refused: SWAP_SCHEMA; reopening, and the table that is there is of another shape.
+        """
+        there = self.space.tables.get(spec.name) if self.reopening else None
+        if there is not None:
+            return handed_back(there, spec)
         self._do(Write("", "create", (spec,)))
         return self.space.tables[spec.name]
 
@@ -172,6 +184,7 @@ class Tx:
         self.byte_ops.clear()
         self.freed.clear()
         self.events.clear()
+        self.in_place.clear()
 
     def _do(self, write: Write) -> None:
         for holder in self.space.holders:
@@ -329,11 +342,7 @@ class HostContext:
         spec = TableSpec(f"platform/{self.name}/{table}", kind, *shape)
         self.asked.add(spec.name)
         there = self.tx.space.tables.get(spec.name) if self.reloading else None
-        if there is None:
-            return self.tx.create(spec)
-        if there.spec != spec:
-            raise SWAP_SCHEMA(f"{spec.name} is {there.spec}, the new code asks for {spec}")
-        return there
+        return self.tx.create(spec) if there is None else handed_back(there, spec)
 
 
 @dataclass(frozen=True)
@@ -363,6 +372,17 @@ class VmContext:
         """Create a table of records; their keys and values are plain (see ``State``)."""
         made: Records = self.tx.create(TableSpec(self.prefix + table, "records"))
         return made
+
+
+def handed_back(there: Table, spec: TableSpec) -> Table:
+    """Return a table that is asked for as it was made.
+
+    Raises:
+        Refused: SWAP_SCHEMA; it is asked for otherwise.
+    """
+    if there.spec != spec:
+        raise SWAP_SCHEMA(f"{spec.name} is {there.spec}, the new code asks for {spec}")
+    return there
 
 
 def _overlap(one: Write, other: Write) -> bool:

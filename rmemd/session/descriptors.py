@@ -1,24 +1,22 @@
 """Descriptors that leave the daemon: the only place where one does.
 
-Owns the check of invariant I23 (what is passed is sealed against shrinking, growing and unsealing,
-and of mode 0600) and the count per tenant, which is taken before a descriptor is made.
+Owns the check of invariant I23 (what is passed is a file's shared memfd, sealed against shrinking,
+growing and unsealing, and of mode 0600) and the count per tenant, which is taken before a
+descriptor is made.
 """
 
 from __future__ import annotations
 
 import array
-import fcntl
-import os
 import socket
-import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rmemd.engine.core import Core
 from rmemd.engine.quotas import UNLIMITED, Quotas, over
-
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+from rmemd.store.memfd import is_shared_half, name_of
 
 
 class Passed:
@@ -63,6 +61,20 @@ class Passed:
             if not self._by_tenant[tenant]:
                 del self._by_tenant[tenant]
 
+    def invariant(self, core: Core) -> Iterator[str]:
+        """I18: a tenant's descriptors are those that its sessions were given, within its limit."""
+        with self._lock:
+            by_session, by_tenant = dict(self._by_session), dict(self._by_tenant)
+        counted: Counter[str] = Counter()
+        for tenant, count in by_session.values():
+            counted[tenant] += count
+        for tenant in sorted(counted.keys() | by_tenant.keys()):
+            most, used = core.quotas.most(tenant).fds, by_tenant.get(tenant, 0)
+            if used != counted[tenant]:
+                yield f"I18: {tenant} has {counted[tenant]} descriptors, counted as {used}"
+            if most != UNLIMITED and used > most:
+                yield f"I18: {tenant} has {used} descriptors of {most}"
+
     def _add(self, tenant: str, session: int, n: int) -> None:
         _, count = self._by_session.get(session, (tenant, 0))
         self._by_session[session] = (tenant, count + n)
@@ -82,11 +94,5 @@ def require_sealed(fd: int) -> None:
     Raises:
         AssertionError: it is not, and must not leave.
     """
-    mode = stat.S_IMODE(os.fstat(fd).st_mode)
-    # the arena is not sealed, a socket or journal has no seals at all
-    try:
-        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-    except OSError:
-        seals = 0
-    if seals & SEALS != SEALS or mode != 0o600:
-        raise AssertionError(f"a descriptor of seals {seals:#x}, mode {mode:#o} must not leave")
+    if not is_shared_half(fd):
+        raise AssertionError(f"{name_of(fd)} must not leave")

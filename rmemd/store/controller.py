@@ -7,6 +7,7 @@ that nobody owns yet before a transaction is recorded, and destroys only after.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,14 @@ from rmemd.hooks.types import KeySpec
 from rmemd.model.host import ARENA, Host, Stored
 from rmemd.store.keys import FrameKey
 from rmemd.store.memfd import Memfd
-from rmemd.units import I64, PAGE_SIZE, U8, U32, Bools
+from rmemd.store.system import SYSTEM, System
+from rmemd.units import I64, PAGE_SIZE, U8, U32, U64, Bools
 
 _PLAIN = KeySpec(0, "host", plain=True)
 _SCRAMBLER = KeySpec(-1, "host")
+_MULTIPLIERS = np.frombuffer(
+    hashlib.shake_256(b"rmemd page sums").digest(PAGE_SIZE), dtype="<u8"
+) | np.uint64(1)
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,12 @@ class MemoryController:
         scrambler: makes the bytes that "destroyed" content reads as.
     """
 
-    def __init__(self, host: Host, seed: int) -> None:
+    def __init__(
+        self, host: Host, seed: int, kept: int | None = None, system: System = SYSTEM
+    ) -> None:
         self._host = host
         self._seed = seed
-        self._arena = Memfd("rmemd-arena", host.nframes)
+        self._arena = Memfd("rmemd-arena", host.nframes, kept, system)
         self._keys: dict[int, FrameKey] = {0: FrameKey(seed, _PLAIN)}
         self.scrambler = FrameKey(seed, _SCRAMBLER)
 
@@ -127,9 +134,24 @@ class MemoryController:
         """Put bytes on the bus, after their record is written."""
         self._arena.write(pfns, raw)
 
+    def sums(self, pfns: I64) -> U64:
+        """Return sums of what the arena holds at frames, to tell whether a write reached them."""
+        return page_sums(self._arena.read(pfns))
+
+    def strays(self) -> tuple[I64, I64]:
+        """Return the frames that the arena holds a page of and should not, and the reverse."""
+        there = self._arena.present(0, self._host.nframes)
+        meant = np.flatnonzero(self._host.flags.view & ARENA)
+        return np.setdiff1d(there, meant), np.setdiff1d(meant, there)
+
     def taint(self, tx: Tx, pfns: I64) -> None:
         """Make failed frames fail from now on, until a full-line write."""
         tx.put(self._host.stored, pfns, int(Stored.TAINTED))
+
+    @property
+    def arena_fd(self) -> int:
+        """Return the arena's descriptor, for whoever keeps it."""
+        return self._arena.fd
 
     def punch(self, pfns: I64) -> None:
         """Free the arena's memory of frames whose content no longer counts."""
@@ -187,6 +209,13 @@ class MemoryController:
             self._arena.write(dst[rest], raw)
             done.append(contents)
         return [c for c in done if c.pfns.size]
+
+
+def page_sums(rows: U8) -> U64:
+    """Return a 64-bit sum of each page, uint8 (n, 4096): equal bytes have equal ones."""
+    # odd multipliers: any one word's change shows
+    sums: U64 = rows.view("<u8") @ _MULTIPLIERS
+    return sums
 
 
 def _all(pfns: I64, state: Stored) -> U8:

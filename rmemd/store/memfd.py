@@ -7,35 +7,55 @@ mapping could be shrunk, torn by a kill or poisoned under us.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-from fcntl import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, fcntl
+import stat
+from fcntl import F_ADD_SEALS, F_GET_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, fcntl
+from pathlib import Path
 
 import numpy as np
 
+from rmemd.store.system import SYSTEM, System, whole
 from rmemd.units import I64, PAGE_SIZE, U8, coalesce
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL
+MODE = 0o600
+# how the kernel names what may be passed on, and nothing else
+SHARED_NAME = "rmemd-file-"
 
 
 class Memfd:
     """A memfd of a fixed number of pages, read and written by page numbers.
 
+    Args:
+        kept: the descriptor of one that an earlier process made, instead of a new one.
+        system: makes the system calls.
+
     Raises:
         OSError: the system refused; ENOSPC and ENOMEM included.
+        ValueError: the one that was kept has another size.
     """
 
-    def __init__(self, name: str, npages: int) -> None:
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, npages * PAGE_SIZE)
-        os.fchmod(self.fd, 0o600)
-        fcntl(self.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
+    def __init__(
+        self, name: str, npages: int, kept: int | None = None, system: System = SYSTEM
+    ) -> None:
         self.npages = npages
+        self._system = system
+        if kept is not None:
+            if os.fstat(kept).st_size != npages * PAGE_SIZE:
+                raise ValueError(f"{name} has {os.fstat(kept).st_size} bytes, not {npages} pages")
+            self.fd = kept
+            return
+        self.fd = system.make(name)
+        try:
+            system.resize(self.fd, npages * PAGE_SIZE)
+            os.fchmod(self.fd, MODE)
+            fcntl(self.fd, F_ADD_SEALS, SEALS)
+        except OSError:
+            os.close(self.fd)
+            raise
 
     def read(self, numbers: I64) -> U8:
         """Read pages by number: uint8, shape (n, 4096); holes read as zeros."""
@@ -43,7 +63,7 @@ class Memfd:
         at = 0
         for start, count in zip(*_runs(numbers), strict=True):
             view = out[at : at + count].data.cast("B")
-            _full(os.preadv(self.fd, [view], start * PAGE_SIZE), view.nbytes)
+            whole(self._system.read, self.fd, view, start * PAGE_SIZE)
             at += count
         return out
 
@@ -53,18 +73,18 @@ class Memfd:
         at = 0
         for start, count in zip(*_runs(numbers), strict=True):
             view = rows[at : at + count].data.cast("B")
-            _full(os.pwritev(self.fd, [view], start * PAGE_SIZE), view.nbytes)
+            whole(self._system.write, self.fd, view, start * PAGE_SIZE)
             at += count
 
     def read_bytes(self, offset: int, length: int) -> bytes:
         """Read bytes."""
-        data = os.pread(self.fd, length, offset)
-        _full(len(data), length)
-        return data
+        data = bytearray(length)
+        whole(self._system.read, self.fd, memoryview(data), offset)
+        return bytes(data)
 
     def write_bytes(self, offset: int, data: bytes) -> None:
         """Write bytes."""
-        _full(os.pwrite(self.fd, data, offset), len(data))
+        whole(self._system.write, self.fd, memoryview(data), offset)
 
     def punch(self, numbers: I64) -> None:
         """Free pages: they read as zeros, for everybody, at once."""
@@ -107,10 +127,11 @@ class Memfd:
         os.close(self.fd)
 
     def _fallocate(self, mode: int, start: int, count: int) -> None:
-        while _fallocate(self.fd, mode, start * PAGE_SIZE, count * PAGE_SIZE) != 0:
-            number = ctypes.get_errno()
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))
+        while True:
+            try:
+                return self._system.fallocate(self.fd, mode, start * PAGE_SIZE, count * PAGE_SIZE)
+            except InterruptedError:
+                continue
 
 
 def _runs(numbers: I64) -> tuple[list[int], list[int]]:
@@ -118,6 +139,21 @@ def _runs(numbers: I64) -> tuple[list[int], list[int]]:
     return starts.tolist(), counts.tolist()
 
 
-def _full(done: int, asked: int) -> None:
-    if done != asked:
-        raise OSError(errno.EIO, f"{done} of {asked} bytes")
+def is_sealed(fd: int) -> bool:
+    """Return whether a memfd is sealed against shrinking, growing and unsealing, and 0600."""
+    try:
+        seals = fcntl(fd, F_GET_SEALS)
+    except OSError:
+        # a socket or a file has none at all
+        seals = 0
+    return seals & SEALS == SEALS and stat.S_IMODE(os.fstat(fd).st_mode) == MODE
+
+
+def is_shared_half(fd: int) -> bool:
+    """Return whether a descriptor is of a file's shared memfd; the arena is sealed like one."""
+    return name_of(fd).startswith(f"/memfd:{SHARED_NAME}") and is_sealed(fd)
+
+
+def name_of(fd: int) -> str:
+    """Return what the kernel calls the file behind a descriptor: "/memfd:rmemd-arena (deleted)"."""
+    return str(Path(f"/proc/self/fd/{fd}").readlink())

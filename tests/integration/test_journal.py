@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 
 import numpy as np
@@ -11,14 +11,23 @@ from guests import Guest, consumers
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
-from rmemd.engine.journal import replay
 from rmemd.errors import RmemError
-from rmemd.hooks.tables import same_state
+from rmemd.hooks.tables import Space, same_state
+from rmemd.store.codec import Record, decode, encode_record
 from rmemd.units import PAGE_SIZE, pages
 
 PAGES = 64
 STEPS = 600
 INSTALLED = consumers()
+
+
+def replay(records: Iterable[Record]) -> Space:
+    """Build the state that records describe; they must begin with revision 1."""
+    space = Space()
+    for record in records:
+        for write in record.writes:
+            space.apply(write)
+    return space
 
 
 def _act(engine: Engine, guests: list[Guest], rng: random.Random) -> None:
@@ -80,6 +89,23 @@ def test_replayed_on_nothing_the_journal_gives_the_state(
     assert [record.revision for record in records] == list(range(1, engine.revision + 1))
     assert len(records) > 500
     assert same_state(replay(records).snapshot(), engine.core.space.snapshot()) == []
+
+
+def test_the_content_of_the_tables_gives_the_state_and_so_do_records_that_were_read(
+    make_engine: Callable[..., Engine],
+) -> None:
+    engine = make_engine(nframes=4096, nnodes=2, seed=7)
+    _long_run(engine, 3)
+    space, records = engine.core.space, engine.core.journal.records
+    contents = (
+        Record(engine.revision, "content", tuple(table.content()))
+        for table in space.tables.values()
+    )
+    for source in (contents, records):
+        data = b"".join(map(encode_record, source))
+        read = [entry for entry in decode(data) if isinstance(entry, Record)]
+        assert same_state(replay(read).snapshot(), space.snapshot()) == []
+        assert b"".join(map(encode_record, read)) == data
 
 
 def test_a_cut_journal_gives_an_earlier_state(make_engine: Callable[..., Engine]) -> None:

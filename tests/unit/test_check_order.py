@@ -7,13 +7,14 @@ through were read off Linux 6.18 with a memfd.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from errno import EBADF, EEXIST, EFAULT, EFBIG, EINVAL, ENODEV, ENOTTY, EOPNOTSUPP
+from errno import EBADF, EDQUOT, EEXIST, EFAULT, EFBIG, EINVAL, ENODEV, ENOMEM, ENOTTY, EOPNOTSUPP
 
 import pytest
 from helpers import BASE_GPA, MakeEngine, file_of, make_guest, refusal, slot_of
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.memory import KEEP_SIZE, PUNCH_HOLE
+from rmemd.engine.quotas import Limits
 from rmemd.errors import (
     ATTRIBUTES_UNSUPPORTED,
     BAD_RANGE,
@@ -22,12 +23,14 @@ from rmemd.errors import (
     BINDING_OVERLAP,
     FALLOCATE_MODE,
     HOST_SIGBUS,
+    NO_FRAMES,
     NO_SLOT_NUMBERS,
     NO_SUCH_FILE,
     NO_SUCH_SLOT,
     NOT_MAPPABLE,
     NOT_PAGE_ALIGNED,
     OFFSET_TOO_BIG,
+    QUOTA,
     SLOT_IMMUTABLE,
     SLOT_INVALID,
     SLOT_OVERLAP,
@@ -83,6 +86,27 @@ def test_fallocate(
     guest = make_guest(engine, "sw-protected", NPAGES)
     refusal(engine.fallocate, guest.file, mode, offset, length, reason=reason, errno=errno)
     assert all(guest.pfn(pgoff) < 0 for pgoff in range(NPAGES))
+
+
+@pytest.mark.parametrize("limit", [-1, 300], ids=["the host's frames", "a quota"])
+def test_an_allocation_that_is_stopped_keeps_the_pages_before(
+    make_engine: MakeEngine, limit: int
+) -> None:
+    """restrictedmem.md §2, allocate: folio by folio, ENOMEM at the one that there is none for."""
+    engine = make_engine(nframes=512, nnodes=1)
+    engine.core.quotas.set(Limits(frames=limit))
+    left = 512 if limit < 0 else limit
+    reason, errno = (NO_FRAMES, ENOMEM) if limit < 0 else (QUOTA, EDQUOT)
+    guest = make_guest(engine, "null", 600)
+    # two pages are there before, one of them behind the page that is refused
+    for pgoff in (3, 599):
+        engine.fallocate(guest.file, KEEP_SIZE, pgoff * PAGE_SIZE, PAGE_SIZE)
+    whole = (guest.file, KEEP_SIZE, 0, guest.size)
+    stopped = refusal(engine.fallocate, *whole, reason=reason, errno=errno)
+    assert stopped.details.progress_pages == left - 1
+    there = [pgoff for pgoff in range(600) if guest.pfn(pgoff) >= 0]
+    assert there == [*range(left - 1), 599]
+    assert engine.fallocate(guest.file, PUNCH, 0, PAGE_SIZE) == 1
 
 
 # --- bind ------------------------------------------------------------------------------------

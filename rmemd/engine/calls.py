@@ -1,0 +1,106 @@
+"""Exactly once: what a call of the engine came to, until its caller was answered.
+
+Owns the results of runs that were made on behalf of a named call. A daemon may die after a call is
+carried out and before its client hears of it; the client asks again, and each run of the repeated
+call is answered with what it came to the first time. The result goes into the journal in the frame
+of the run's last record, so there is never one without the other, unless the run let the lock go
+in between: then a repeat runs again on what the first one left, as an interrupted ioctl does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from rmemd.engine.notes import Notes
+from rmemd.model.files import RestrictedFile
+from rmemd.model.vms import Vm
+
+if TYPE_CHECKING:
+    from rmemd.engine.core import Core
+
+RESULTS = "results"
+Run = tuple[Hashable, int]
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.key: Hashable | None = None
+        self.runs = 0
+
+
+class Calls:
+    """Results of runs by call and number, of calls that are not answered yet."""
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+        self._current = _Current()
+        self._by_call: dict[Hashable, list[Run]] = {}
+
+    @contextmanager
+    def of(self, key: Hashable) -> Iterator[None]:
+        """Have this thread's runs be those of a call; ``key`` is a plain value."""
+        before = self._current.key, self._current.runs
+        self._current.key, self._current.runs = key, 0
+        try:
+            yield
+        finally:
+            self._current.key, self._current.runs = before
+
+    def next_run(self) -> Run | None:
+        """Return the name of the run that begins; None if it is of no named call."""
+        if self._current.key is None:
+            return None
+        self._current.runs += 1
+        return self._current.key, self._current.runs
+
+    def known(self, run: Run) -> tuple[Any] | None:
+        """Return what a run came to the first time, in a tuple; None if it was not run."""
+        return cast("tuple[Any] | None", self._notes.get(RESULTS, run))
+
+    def came_to(self, run: Run, result: Any) -> None:
+        """Note what a run came to, in the frame of its last record."""
+        self._notes.set(RESULTS, run, (result,), flush=False)
+        self._by_call.setdefault(run[0], []).append(run)
+
+    def forget(self, key: Hashable) -> None:
+        """Forget a call's results: its answer is kept, or was refused."""
+        for run in self._by_call.pop(key, ()):
+            self._notes.drop(RESULTS, run)
+
+    def restore(self) -> None:
+        """Take over the results that a journal had."""
+        self._by_call.clear()
+        for run, _ in self._notes.items(RESULTS):
+            self._by_call.setdefault(run[0], []).append(run)
+
+
+@dataclass(frozen=True)
+class _View:
+    """An object of the model, which a journal keeps by its number."""
+
+    kind: str
+    number: int
+
+
+def named(result: Any) -> Any:
+    """Return a result as a journal keeps it: views of tables by what they are of."""
+    if isinstance(result, Vm):
+        return _View("vm", result.info.vm)
+    if isinstance(result, RestrictedFile):
+        return _View("file", result.info.file)
+    return result
+
+
+def looked_up(core: Core, kept: Any) -> Any:
+    """Return the result that was kept.
+
+    Raises:
+        NotFound: NO_SUCH_VM, NO_SUCH_FILE; what was made is gone by now.
+    """
+    if not isinstance(kept, _View):
+        return kept
+    return core.vms.get(kept.number) if kept.kind == "vm" else core.files.get(kept.number)
