@@ -23,9 +23,11 @@ PRIVATE, SHARED = 8, 0
 
 
 def make_engine(nframes: int = 4096, **options: Any) -> Engine:
-    """Make a host with every installed plugin; no clock ticks, the whole journal is kept."""
+    """Make a host with every installed plugin, watched; no clock ticks, all records are kept."""
     options.setdefault("kept_records", None)
-    return Engine(Options(nframes=nframes, **options), Guard(clock=lambda: 0.0))
+    engine = Engine(Options(nframes=nframes, **options), Guard(clock=lambda: 0.0))
+    engine.watch()
+    return engine
 
 
 def consumers() -> list[str]:

@@ -43,9 +43,11 @@ class MakeEngine(Protocol):
 
 
 def new_engine(clock: Callable[[], float], **options: Any) -> Engine:
-    """Make an engine that keeps every journal record; close it yourself."""
+    """Make an engine that keeps every journal record and is watched; close it yourself."""
     defaults = {"nframes": 16384, "nnodes": 2, "seed": 1, "kept_records": None}
-    return Engine(Options(**{**defaults, **options}), Guard(clock))
+    engine = Engine(Options(**{**defaults, **options}), Guard(clock))
+    engine.watch()
+    return engine
 
 
 def refusal(

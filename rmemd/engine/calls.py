@@ -4,7 +4,8 @@ Owns the results of runs that were made on behalf of a named call. A daemon may 
 carried out and before its client hears of it; the client asks again, and each run of the repeated
 call is answered with what it came to the first time. The result goes into the journal in the frame
 of the run's last record, so there is never one without the other, unless the run let the lock go
-in between: then a repeat runs again on what the first one left, as an interrupted ioctl does.
+in between: then a repeat runs again on what the first one left, as an interrupted ioctl does, or
+goes on from how far that got, where a page cannot be done twice.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from rmemd.engine.notes import Notes
+from rmemd.errors import REASONS, Details, RmemError
 from rmemd.model.files import RestrictedFile
 from rmemd.model.vms import Vm
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from rmemd.engine.core import Core
 
 RESULTS = "results"
+PROGRESS = "progress"
 Run = tuple[Hashable, int]
 
 
@@ -66,15 +69,25 @@ class Calls:
         self._notes.set(RESULTS, run, (result,), flush=False)
         self._by_call.setdefault(run[0], []).append(run)
 
+    def got_before(self, run: Run) -> int:
+        """Return how far a run got when it was made before, 0 if it was not."""
+        return int(self._notes.get(PROGRESS, run, 0))
+
+    def got_to(self, run: Run, done: int) -> None:
+        """Note how far a run has got, in the frame of its last record."""
+        self._notes.set(PROGRESS, run, done, flush=False)
+        self._by_call.setdefault(run[0], []).append(run)
+
     def forget(self, key: Hashable) -> None:
         """Forget a call's results: its answer is kept, or was refused."""
         for run in self._by_call.pop(key, ()):
             self._notes.drop(RESULTS, run)
+            self._notes.drop(PROGRESS, run)
 
     def restore(self) -> None:
         """Take over the results that a journal had."""
         self._by_call.clear()
-        for run, _ in self._notes.items(RESULTS):
+        for run, _ in self._notes.items(RESULTS) + self._notes.items(PROGRESS):
             self._by_call.setdefault(run[0], []).append(run)
 
 
@@ -86,8 +99,23 @@ class _View:
     number: int
 
 
+@dataclass(frozen=True)
+class _Refused:
+    """A result that says what was refused, and that refusal by its reason's name."""
+
+    result: Any
+    reason: str
+    message: str
+    details: Details
+    errno: int
+
+
 def named(result: Any) -> Any:
-    """Return a result as a journal keeps it: views of tables by what they are of."""
+    """Return a result as a journal keeps it: by numbers and names instead of objects."""
+    refusal = getattr(result, "refusal", None)
+    if isinstance(refusal, RmemError):
+        bare = replace(result, refusal=None)
+        return _Refused(bare, refusal.reason.name, refusal.message, refusal.details, refusal.errno)
     if isinstance(result, Vm):
         return _View("vm", result.info.vm)
     if isinstance(result, RestrictedFile):
@@ -101,6 +129,11 @@ def looked_up(core: Core, kept: Any) -> Any:
     Raises:
         NotFound: NO_SUCH_VM, NO_SUCH_FILE; what was made is gone by now.
     """
+    if isinstance(kept, _Refused):
+        made = REASONS[kept.reason](kept.message, errno=kept.errno)
+        return replace(
+            kept.result, refusal=type(made)(made.reason, made.message, kept.details, kept.errno)
+        )
     if not isinstance(kept, _View):
         return kept
     return core.vms.get(kept.number) if kept.kind == "vm" else core.files.get(kept.number)

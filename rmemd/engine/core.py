@@ -257,7 +257,8 @@ class Core:
             mine = self.waits.begin(call.who, call.made_by)
             if self.tracer is not None:
                 self.tracer.begun(mine)
-            steps = self.and_scrub(call.operation, call.run)
+            mine.run = call.run
+            steps = self.and_scrub(call.operation)
             try:
                 step = next(steps)
                 while True:
@@ -273,7 +274,7 @@ class Core:
                 self.wake_waiting()
                 self.journal.flush()
 
-    def and_scrub(self, operation: Callable[[], Steps[T]], run: Run | None = None) -> Steps[T]:
+    def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
         """Run an operation, then give back what it freed, even if it was refused in the end.
 
         What it came to is noted first, so that this goes with its last record.
@@ -287,12 +288,24 @@ class Core:
         then = None
         if isinstance(result, _Decided):
             result, then = result.result, result.then
+        run = self.waits.current.run
         if run is not None and self.journal.revision != before:
             self.calls.came_to(run, named(result))
         if then is not None:
             yield from then()
         yield from self.scrub()
         return result
+
+    def got_before(self) -> int:
+        """Return how far the present run got when it was made before, 0 if it was not."""
+        run = self.waits.current.run
+        return 0 if run is None else self.calls.got_before(run)
+
+    def got_to(self, done: int) -> None:
+        """Note how far the present run has got, in the frame of its last record."""
+        run = self.waits.current.run
+        if run is not None:
+            self.calls.got_to(run, done)
 
     def read(self, query: Callable[[], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""
@@ -302,7 +315,9 @@ class Core:
     def wait_for_revision(self, revision: int, timeout: float) -> int:
         """Wait until the revision is past ``revision``; return the present one."""
         with self._changed:
-            self._changed.wait_for(lambda: self.journal.revision > revision, timeout)
+            self._changed.wait_for(
+                lambda: self.journal.revision > revision or self.draining, timeout
+            )
             return self.journal.revision
 
     @contextmanager
@@ -498,11 +513,18 @@ class Core:
             self._scrub.append(pfns)
 
     def scrub(self) -> Steps[None]:
-        """Destroy the bytes of frames whose freeing is recorded, then give the frames back."""
+        """Destroy the bytes of frames whose freeing is recorded, then give the frames back.
+
+        If the system refuses, the next operation tries again; nobody gets the frames until then.
+        """
         while self._scrub:
             pfns = self._scrub.pop()
+            try:
+                yield Step("scrub", work=partial(self.controller.punch, pfns))
+            except OSError:
+                self._scrub.append(pfns)
+                return
             self.scrubbed_frames += pfns.size
-            yield Step("scrub", work=partial(self.controller.punch, pfns))
             yield from self.unit(partial(self._give_back, pfns))
 
     def _give_back(self, pfns: I64) -> Steps[None]:

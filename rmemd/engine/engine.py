@@ -77,6 +77,7 @@ class Engine:
         self.recovered: Recovered | None = None
         if self.core.read_back is not None:
             self.recovered = self.core.run(partial(reopen.settle, self.core, self.core.read_back))
+            self.core.run(partial(sessions.finish_closing, self.core))
         self.last_check: Checked | None = None
         self.checks = 0
 
@@ -169,7 +170,9 @@ class Engine:
     ) -> PreFaulted:
         """Fault a guest range in. PREFIX."""
         return self.core.run(
-            lambda: populate.pre_fault(self.core, vm, gpa, size, traced), cancelled=cancelled
+            lambda: populate.pre_fault(self.core, vm, gpa, size, traced),
+            cancelled=cancelled,
+            repeatable=True,
         )
 
     # --- consumers ---------------------------------------------------------------------------
@@ -429,19 +432,21 @@ class Engine:
         nodes = self._nodes(node)
         told = Report() if report is None else report
         wanted = np.unique(np.asarray(pfns, dtype=np.int64))
-        return self.core.run(lambda: migrate(self.core, wanted, nodes, told), who)
+        return self.core.run(lambda: migrate(self.core, wanted, nodes, told), who, repeatable=True)
 
     def compact(self, node: int, report: Report | None = None, who: str = "") -> Compacted:
         """Compact a node. EACH."""
         told = Report() if report is None else report
-        return self.core.run(lambda: compact.compact(self.core, node, told), who)
+        return self.core.run(lambda: compact.compact(self.core, node, told), who, repeatable=True)
 
     def offline(
         self, pfn: int, npages: int, report: Report | None = None, who: str = ""
     ) -> Offlined:
         """Empty frames and take them out of use. EACH."""
         told = Report() if report is None else report
-        return self.core.run(lambda: compact.offline(self.core, pfn, npages, told), who)
+        return self.core.run(
+            lambda: compact.offline(self.core, pfn, npages, told), who, repeatable=True
+        )
 
     def online(self, pfn: int, npages: int) -> int:
         """Give offlined frames back. ALL."""

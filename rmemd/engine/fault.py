@@ -29,7 +29,9 @@ RETRIES_MAX = 16
 
 
 class Stale(Exception):
-    """The slot or the pages' state changed before the look-up: look at the guest range again."""
+    """The slot, the pages' state or the mirror changed before the look-up: look at the guest
+    range again.
+    """
 
 
 @dataclass
@@ -68,8 +70,8 @@ class Wanted:
         return pgoffs
 
     def is_stale(self, core: Core, vm: Vm) -> bool:
-        """Return whether the slot or the pages' state have changed."""
-        if vm.slots.get(self.slot.slot) != self.slot:
+        """Return whether the slot or the pages' state have changed, or a page is mapped by now."""
+        if vm.slots.get(self.slot.slot) != self.slot or (vm.mirror.get(self.gfns) != 0).any():
             return True
         return bool((is_private(core, vm, self.gfns, self.slot) != self.private).any())
 

@@ -117,13 +117,17 @@ def _stretches(
 ) -> Steps[Stop | None]:  # fmt: skip
     """Access one stretch after the other; return what stopped it."""
     done, exceptions = 0, 0
-    while done < whole.size:
+
+    def one() -> Steps[tuple[Span | Done | Stop, Stop | None]]:
         rest = Span(whole.start + done, whole.size - done)
         found = yield from reach(core, number, index, rest, private, is_write)
-        stop: Stop | None = None
+        # the lock was not let go since the verdict
+        stop = touch(core.vms.alive(number), found) if isinstance(found, Span) else None
+        return found, stop
+
+    while done < whole.size:
+        found, stop = yield from core.unit(one)
         if isinstance(found, Span):
-            # the lock was not let go since the verdict
-            stop = touch(core.vms.alive(number), found)
             done += found.size if stop is None else 0
         elif isinstance(found, Stop):
             stop = found

@@ -18,6 +18,7 @@ from rmemd.hooks.tables import Write
 from rmemd.model.host import Stored, Use
 from rmemd.model.sessions import ADMIN
 from rmemd.model.vms import Vm
+from rmemd.store.keeping import ARENA, FILE_PREFIX, file_name
 from rmemd.store.memfd import is_sealed
 from rmemd.units import MAX_GFN
 
@@ -152,7 +153,12 @@ def sessions(core: Core) -> Iterator[str]:
 def tenants(core: Core) -> Iterator[str]:
     """I15: who has something of a file, or of a VM, is of its tenant, or an admin."""
     roles = {info.session: info.role for info in core.sessions.all()}
-    tenant_of = {file.info.file: file.info.owner.tenant for file in core.files.all()}
+    # what was made for nobody is anybody's
+    tenant_of = {
+        file.info.file: file.info.owner.tenant
+        for file in core.files.all()
+        if file.info.owner.tenant
+    }
     for vm in core.vms.all():
         for index, slot in vm.slots.items():
             if tenant_of.get(slot.file, vm.info.owner.tenant) != vm.info.owner.tenant:
@@ -195,6 +201,19 @@ def descriptors(core: Core) -> Iterator[str]:
             yield f"I20: the shared memfd of file/{number} outlives it"
         if not is_sealed(fd):
             yield f"I23: the shared memfd of file/{number} is not sealed, or not 0600"
+
+
+def kept(core: Core) -> Iterator[str]:
+    """I20: what is kept beyond the process is the arena and each live file's memfd, and no more."""
+    names = core.keeping.names
+    if names is None:
+        return
+    meant = {file_name(number) for number in core.shared_descriptors()} | {ARENA}
+    there = {name for name in names if name.startswith(FILE_PREFIX) or name == ARENA}
+    for name in sorted(meant - there):
+        yield f"I20: {name} is not kept, and would be lost"
+    for name in sorted(there - meant):
+        yield f"I20: {name} is kept, and is nobody's"
 
 
 def records(core: Core) -> Iterator[str]:

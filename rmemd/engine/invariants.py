@@ -28,7 +28,7 @@ PARTS: tuple[Part, ...] = (
     pageinvariants.in_place, pageinvariants.movable, pageinvariants.failed, pageinvariants.nodes,
     holderinvariants.slots, holderinvariants.handles, holderinvariants.userfaults,
     holderinvariants.sessions, holderinvariants.tenants, holderinvariants.quotas,
-    holderinvariants.descriptors, holderinvariants.records,
+    holderinvariants.descriptors, holderinvariants.kept, holderinvariants.records,
 )  # fmt: skip
 # parts that look at some of what there is
 SAMPLES: tuple[Part, ...] = (holderinvariants.secrets,)

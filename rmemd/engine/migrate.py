@@ -189,12 +189,13 @@ def _move(
         else:
             _require_free(core, dst)
             buddy.take_exactly(core.host, tx, dst, Use.PRIVATE)
-        frames.wipe(core, tx, dst)
         blocked = _block(core, tx, file, pgoffs, src, private)
         busy = _busy(core, file, src)
         moves = _busy_moves(core, file, src, pgoffs, busy)
         _hand_back(core, tx, dst[busy])
         ok = ~busy
+        # what the host wrote to a frame that is handed back stays its own
+        frames.wipe(core, tx, dst[ok])
         _relocate(core, tx, file, pgoffs[ok], src[ok], dst[ok], private[ok])
         with in_progress(core, file, start, npages):
             yield Step("migrate", tx=tx, vm=file.info.vm)

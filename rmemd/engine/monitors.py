@@ -92,6 +92,8 @@ class Monitors:
             self._found(f"I25: {op} of vm/{vm} ran while {tx.label} was suspended")
         if not self._core.is_locked():
             self._found(f"I25: {op} of vm/{vm} ran outside of a step")
+        # one that nothing was mapped for is an invalidation, and no transaction
+        self._history.invalidations[vm] += op == "invalidate_start"
         sums = None
         if op == "migrate_folio":
             sums = plain_sums(self._core, vm, args[1][:MOVED_MAX])
@@ -115,7 +117,7 @@ class Monitors:
             transition = Transition(self._core, self._space, tx, revision, hooks, self._history)
             for monitor in MONITORS:
                 self._look(monitor, transition)
-        for line in untold(transition, self.canaries):
+        for line in untold(tx, self.canaries):
             self._found(line)
         for write in tx.redo:
             self._space.apply(write)

@@ -62,7 +62,7 @@ def populate(
             rule="DESIGN §5: the ops table",
         )
     rows = np.frombuffer(source, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-    done = 0
+    done = core.got_before()
 
     def one() -> Steps[int]:
         batch = rows[done : done + BATCH_PAGES]
@@ -74,6 +74,7 @@ def populate(
             done += yield from core.unit(one)
         except RmemError as refusal:
             raise refusal.with_details(progress_pages=done) from refusal
+        core.got_to(done)
     return done
 
 

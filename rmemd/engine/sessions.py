@@ -14,7 +14,7 @@ import numpy as np
 from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.engine.listeners import Ended, Revoked
-from rmemd.errors import BAD_RANGE, BAD_REQUEST, FOLIO_BUSY, NO_SUCH_FILE, NO_SUCH_VM
+from rmemd.errors import BAD_RANGE, BAD_REQUEST, FOLIO_BUSY, NO_SUCH_FILE, NO_SUCH_VM, SAFE_MODE
 from rmemd.model.sessions import DEVICE, GUEST, ROLES, GrantRange, SessionInfo
 
 
@@ -43,8 +43,11 @@ def open_session(
         InvalidArgument: BAD_REQUEST, BAD_RANGE; role, or a grant outside its file.
         NotFound: NO_SUCH_VM, NO_SUCH_FILE, NO_SUCH_SESSION; not there, or another tenant's.
         Exhausted: QUOTA.
+        Unavailable: SAFE_MODE.
     """
     yield from ()
+    if core.read_only:
+        raise SAFE_MODE(f"no session can be opened: {core.read_only}")
     if role not in ROLES:
         raise BAD_REQUEST(f"no role {role!r}", field="role")
     if (role == GUEST) != bool(vm):
@@ -150,6 +153,15 @@ def close_session(core: Core, number: int) -> Steps[Closed]:
         NotFound: NO_SUCH_SESSION.
     """
     doomed = yield from core.unit(lambda: _mark(core, number))
+    return (yield from _release(core, doomed))
+
+
+def finish_closing(core: Core) -> Steps[Closed]:
+    """Let go of the sessions that were on their way out when the daemon's process ended."""
+    return (yield from _release(core, [info for info in core.sessions.all() if info.closing]))
+
+
+def _release(core: Core, doomed: list[SessionInfo]) -> Steps[Closed]:
     numbers = {info.session for info in doomed}
     vms = [vm.info.vm for vm in core.vms.all() if vm.info.owner.session in numbers]
     core.leaving.update(vms)

@@ -65,10 +65,11 @@ class Task:
         A step that waits is left, and come back to if what it waits for is still so.
         """
         assert not self.over
+        failed = self._work()
         with self._core.locked():
-            before = self._core.waits.current
+            before, self._core.waits.current = self._core.waits.current, self._mine
             try:
-                self._stand_at(self._leave_step())
+                self._stand_at(self._leave_step(failed))
             except StopIteration as end:
                 self._end(result=end.value)
             except Exception as error:
@@ -124,51 +125,47 @@ class Task:
             waits.current = before
         self.label = self._mine.label
         self._is_cancelled = lambda: self._gone or call.cancelled()
-        self._steps = self._core.and_scrub(call.operation, call.run)
+        self._mine.run = call.run
+        self._steps = self._core.and_scrub(call.operation)
 
-    def _leave_step(self) -> Step:
-        """Finish the step where it stands; return the next one."""
+    def _work(self) -> Exception | None:
+        """Do the work of the step where it stands, without the lock; return why it failed."""
+        if self.step is None or self.step.wait:
+            return None
+        self._core.wake()
+        try:
+            self._core.work(self.step)
+        except Exception as error:
+            return error
+        return None
+
+    def _leave_step(self, failed: Exception | None) -> Step:
+        """Go on after the step where it stands; return the next one."""
         assert self._steps is not None
-        self._core.waits.current = self._mine
-        step = self.step
-        if step is None:
+        if self.step is None:
             return next(self._steps)
         try:
-            if not step.wait:
-                self._core.wake_waiting()
-                self._core.work(step)
-        except Exception as error:
             self._away.close()
-            return self._steps.throw(error)
-        self._away.close()
-        return self._back(step)
-
-    def _back(self, step: Step) -> Step:
-        assert self._steps is not None
-        try:
-            self._core.come_back(step)
+            if failed is None:
+                self._core.come_back(self.step)
         except Exception as error:
-            return self._steps.throw(error)
-        return self._steps.send(None)
+            failed = error
+        return self._steps.send(None) if failed is None else self._steps.throw(failed)
 
     def _stand_at(self, step: Step) -> None:
-        after = self._pass(step)
-        while after is not None:
-            step = after
-            after = self._pass(step)
-        self.step = step
-        self._away.enter_context(self._core.away(step, self._mine))
-        self._wakes = self._core.wakes
-
-    def _pass(self, step: Step) -> Step | None:
-        """Return the step after one that needs no stop, None for one that does."""
+        """Stop at a step, or at the first after it that lets the lock go."""
         assert self._steps is not None
-        try:
-            if not self._core.done_at_once(step, self._is_cancelled):
-                return None
-        except Exception as error:
-            return self._steps.throw(error)
-        return self._steps.send(None)
+        while True:
+            try:
+                if not self._core.done_at_once(step, self._is_cancelled):
+                    self._away.enter_context(self._core.away(step, self._mine))
+                    break
+            except Exception as error:
+                step = self._steps.throw(error)
+            else:
+                step = self._steps.send(None)
+        self.step = step
+        self._wakes = self._core.wakes
 
     def _end(self, result: Any = None, error: Exception | None = None) -> None:
         assert self._steps is not None

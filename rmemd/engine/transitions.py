@@ -36,10 +36,7 @@ MOVED_MAX = 64
 FILE_HALF = re.compile(r"file/(\d+)/(?:frames|shared)")
 OF_SESSION = re.compile(r"ledger/session (\d+)(?: pin \d+)?/")
 # the tables whose keys are handles -> the counter that they come from
-HANDLES = {
-    "vms": "vm", "files": "file", "sessions": "session", "pins": "pin", "userfaults": "userfault",
-    "host/keys": "key",
-}  # fmt: skip
+HANDLES = {"vms": "vm", "files": "file", "sessions": "session", "pins": "pin", "host/keys": "key"}
 LOOKED_UP, INSTALLED = "fault: look up", "fault: install"
 
 
@@ -227,7 +224,7 @@ def balanced(t: Transition) -> Iterator[str]:
             if sequence <= t.history.sequences.get(vm, -1):
                 yield f"I8: the invalidate sequence of vm/{vm} did not move"
             t.history.sequences[vm] = sequence
-    yield from _raced(t, set(started))
+    yield from _raced(t)
 
 
 def _bracketed(t: Transition, op: str) -> dict[int, I64]:
@@ -238,9 +235,8 @@ def _bracketed(t: Transition, op: str) -> dict[int, I64]:
     return {vm: np.sort(np.concatenate(parts)) for vm, parts in found.items()}
 
 
-def _raced(t: Transition, started: set[int]) -> Iterator[str]:
+def _raced(t: Transition) -> Iterator[str]:
     history, mine = t.history, t.core.waits.current
-    history.invalidations.update(started)
     if t.tx.label == LOOKED_UP:
         history.lookups[mine] = Counter(history.invalidations)
     elif t.tx.label == INSTALLED:
@@ -397,16 +393,16 @@ def in_a_step(t: Transition) -> Iterator[str]:
         yield f"I25: {where} was overdue, and vm/{vm} goes on"
 
 
-def untold(t: Transition, canaries: tuple[bytes, ...]) -> Iterator[str]:
+def untold(tx: Tx, canaries: tuple[bytes, ...]) -> Iterator[str]:
     """I24: canaries that a test has put into private pages are in no record and no event."""
     if not canaries:
         return
     data = b"".join(
         arg.tobytes() if isinstance(arg, np.ndarray) else repr(arg).encode()
-        for write in t.tx.redo
+        for write in tx.redo
         for arg in write.args
     )
-    text = data + repr(t.tx.events).encode()
+    text = data + repr(tx.events).encode()
     for canary in canaries:
         if canary in text or canary.hex().encode() in text:
             yield "I24: a canary was written down or told"

@@ -19,6 +19,7 @@ from rmemd.engine.bracket import in_progress
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.engine.faultrules import at_step
 from rmemd.engine.memory import BATCH_PAGES, settle
+from rmemd.engine.reopen import FILLING
 from rmemd.errors import (
     BAD_RANGE,
     NO_SUCH_USERFAULT,
@@ -142,13 +143,18 @@ def _fill(
                     yield from _copy_in(core, tx, file, wanted, rows[:n])
         return n, refusal
 
-    n, refusal = yield from core.unit(one)
+    try:
+        n, refusal = yield from core.unit(one)
+    finally:
+        core.notes.drop(FILLING, (number, pgoff))
     if refusal is not None:
         raise refusal.with_details(progress_pages=n)
     return n
 
 
 def _copy_in(core: Core, tx: Tx, file: RestrictedFile, wanted: I64, rows: U8) -> Steps[None]:
+    # the bytes come before the record, into a memfd where a client may put some of its own
+    core.notes.set(FILLING, (file.info.file, int(wanted[0])), wanted.size)
     work = partial(_write_new, core.shared_memory(file), wanted, rows)
     between = core.hold is not None or core.rules.waits(file.info.vm, at_step(COPY))
     if wanted.size <= core.options.inline_pages and not between:

@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rmemd.engine.journal import Journal
 from rmemd.errors import Holder, RmemError
 from rmemd.hooks.tables import Write
 from rmemd.hooks.tx import Held, Tx
 from rmemd.model.ledger import Ledger
+
+if TYPE_CHECKING:
+    from rmemd.engine.calls import Run
 
 # refusals that are remembered: enough to see a pattern, few enough to read
 REFUSALS_MAX = 64
@@ -24,12 +28,17 @@ PINS, REFERENCES = "pins", "references"
 
 
 class Operation:
-    """A call of the engine that runs: what waits, and what is waited for."""
+    """A call of the engine that runs: what waits, and what is waited for.
 
-    __slots__ = ("_made_by", "_who", "number")
+    Attributes:
+        run: its name as a part of somebody's call (``engine.calls``), None if it is of none.
+    """
+
+    __slots__ = ("_made_by", "_who", "number", "run")
 
     def __init__(self, number: int, who: str, made_by: object) -> None:
         self.number = number
+        self.run: Run | None = None
         self._who = who
         self._made_by = made_by
 

@@ -302,7 +302,7 @@ class Sparse:
                     yield Write(self.name, "store", (start, values))
 
     def _uniform_runs(self) -> Iterator[tuple[int, int, int]]:
-        """Yield runs (start, n, value) of the uniform leaves; mixed ones count as ``fill``."""
+        """Yield runs (start, n, value) as if no leaf were mixed: those are written afterwards."""
         begin, end, value = 0, 0, self.fill_value
         for start, n, next_value in self._uniform_pieces():
             if start == end and next_value == value:
@@ -318,11 +318,9 @@ class Sparse:
             if not isinstance(node, _Node):
                 yield base, 1 << NODE_PAGES_SHIFT, node
                 continue
-            leaves = node.uniform.copy()
-            leaves[list(node.mixed)] = self.fill_value
-            breaks = np.flatnonzero(np.diff(leaves)) + 1
+            breaks = np.flatnonzero(np.diff(node.uniform)) + 1
             for lo, hi in pairwise([0, *breaks.tolist(), LEAVES]):
-                yield base + (lo << LEAF_SHIFT), (hi - lo) << LEAF_SHIFT, int(leaves[lo])
+                yield base + (lo << LEAF_SHIFT), (hi - lo) << LEAF_SHIFT, int(node.uniform[lo])
 
 
 def _by_leaf(indices: I64) -> Iterator[tuple[int, Any]]:

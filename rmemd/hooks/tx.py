@@ -133,6 +133,10 @@ class Tx:
         """Remove a table with all it holds."""
         self._do(Write("", "destroy", (name,)))
 
+    def repeat(self, write: Write) -> None:
+        """Do a write that another transaction recorded."""
+        self._do(write)
+
     def next_id(self, counter: str) -> int:
         """Return the next number of a counter, from 1: a handle that is never used again."""
         counters = self.space.records(COUNTERS)

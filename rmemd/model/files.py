@@ -99,6 +99,8 @@ class Files:
     def __init__(self, space: Space, tx: Tx) -> None:
         self._space = space
         self._info: Records = tx.create(TableSpec("files", "records"))
+        #: shared pages still to be emptied by a punch: (file, pgoff) -> pages
+        self.discards: Records = tx.create(TableSpec("discards", "records"))
         self._views: dict[int, RestrictedFile] = {}
 
     def create(

@@ -61,7 +61,7 @@ def body(array: Array, code: int) -> list[Any]:
     numbers = plain.view(np.uint8) if dtype.kind == "b" else plain
     # differences wrap as the dtype does, and so does the sum of them
     steps = numbers[1:] - numbers[:-1]
-    step = np.sort(steps[[0, steps.size // 2, -1]])[1]
+    step = sorted((steps[0].item(), steps[steps.size // 2].item(), steps[-1].item()))[1]
     broken = steps != step
     nbreaks = int(np.count_nonzero(broken))
     if nbreaks == 0:

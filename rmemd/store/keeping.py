@@ -27,6 +27,11 @@ class Keeping:
     def __init__(self, found: dict[str, int] | None = None) -> None:
         self.found = dict(found or {})
 
+    @property
+    def names(self) -> list[str] | None:
+        """Return the names of all that is kept; None of who keeps nothing, or cannot say."""
+        return None
+
     def take(self, name: str) -> int | None:
         """Return a descriptor that was left, once; None if there is none of the name."""
         return self.found.pop(name, None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from operator import attrgetter
@@ -129,28 +129,23 @@ def _write_bytes(writer: Writer, value: bytes) -> None:
     writer.parts += (_BYTE[_BYTES], count(len(value)), bytes(value))
 
 
-def _write_tuple(writer: Writer, value: tuple[Any, ...]) -> None:
-    writer.parts += (_BYTE[_TUPLE], count(len(value)))
-    for item in value:
-        writer.value(item)
+def _items_writer(
+    tag: int, order: Callable[[Any], Iterable[Any]] = iter
+) -> Callable[[Writer, Any], None]:
+    head = _BYTE[tag]
 
+    def write(writer: Writer, value: Any) -> None:
+        writer.parts += (head, count(len(value)))
+        for item in order(value):
+            writer.value(item)
 
-def _write_list(writer: Writer, value: list[Any]) -> None:
-    writer.parts += (_BYTE[_LIST], count(len(value)))
-    for item in value:
-        writer.value(item)
+    return write
 
 
 def _write_dict(writer: Writer, value: dict[Any, Any]) -> None:
     writer.parts += (_BYTE[_DICT], count(len(value)))
     for key, item in value.items():
         writer.value(key)
-        writer.value(item)
-
-
-def _write_frozenset(writer: Writer, value: frozenset[Any]) -> None:
-    writer.parts += (_BYTE[_FROZENSET], count(len(value)))
-    for item in sorted(value, key=encode_value):
         writer.value(item)
 
 
@@ -244,10 +239,10 @@ _WRITERS: dict[type, Callable[[Writer, Any], None]] = {
     float: lambda writer, value: writer.parts.append(_float(_FLOAT, value)),
     str: _write_text,
     bytes: _write_bytes,
-    tuple: _write_tuple,
-    list: _write_list,
+    tuple: _items_writer(_TUPLE),
+    list: _items_writer(_LIST),
     dict: _write_dict,
-    frozenset: _write_frozenset,
+    frozenset: _items_writer(_FROZENSET, lambda items: sorted(items, key=encode_value)),
     np.ndarray: _write_array,
 }
 
@@ -378,16 +373,9 @@ def _read_scalar(reader: Reader) -> Any:
     return found[0]
 
 
-def _read_short_array(reader: Reader) -> arrays.Array:
-    code, n = reader.take(2)
-    found, reader.at = arrays.read_raw(reader.data, reader.at, code, n)
-    reader.arrays.append(found)
-    return found
-
-
-def _read_array(reader: Reader) -> arrays.Array:
-    code, n = reader.take(1)[0], reader.count()
-    found, reader.at = arrays.read_body(reader.data, reader.at, code, n)
+def _read_array(reader: Reader, read: Callable[..., Any], code: int, n: int) -> arrays.Array:
+    found: arrays.Array
+    found, reader.at = read(reader.data, reader.at, code, n)
     reader.arrays.append(found)
     return found
 
@@ -411,7 +399,7 @@ _READERS: dict[int, Callable[[Reader], Any]] = {
     _OBJECT: _read_object,
     _MEMBER: _read_member,
     _SCALAR: _read_scalar,
-    _SHORT: _read_short_array,
-    _ARRAY: _read_array,
+    _SHORT: lambda reader: _read_array(reader, arrays.read_raw, *reader.take(2)),
+    _ARRAY: lambda reader: _read_array(reader, arrays.read_body, reader.take(1)[0], reader.count()),
     _ARRAY_AGAIN: lambda reader: reader.arrays[reader.count()],
 }

@@ -119,6 +119,7 @@ def check_consumer(
         The report; ``report.require()`` raises if there are findings.
     """
     engine = Engine(Options(NFRAMES, 2, kept_records=None), Guard(clock=lambda: 0.0))
+    engine.watch()
     try:
         run = _Run(engine, variant, config or {}, may_leak, seed)
         if run.load(plugins, null):

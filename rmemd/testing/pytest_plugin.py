@@ -34,5 +34,6 @@ def rmemd_engine(rmemd_options: Options) -> Iterator[Engine]:
     from rmemd.engine.engine import Engine
 
     engine = Engine(rmemd_options, Guard(time.perf_counter))
+    engine.watch()
     yield engine
     engine.close()

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 
 import numpy as np
-from guests import Guest, consumers
+from acts import INSTALLED, PAGES, act, arena
+from guests import Guest
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
-from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space, same_state
 from rmemd.store.codec import Record, decode, encode_record
-from rmemd.units import PAGE_SIZE, pages
 
-PAGES = 64
 STEPS = 600
-INSTALLED = consumers()
 
 
 def replay(records: Iterable[Record]) -> Space:
@@ -30,54 +26,12 @@ def replay(records: Iterable[Record]) -> Space:
     return space
 
 
-def _act(engine: Engine, guests: list[Guest], rng: random.Random) -> None:
-    guest = rng.choice(guests)
-    page = rng.randrange(PAGES)
-    n = rng.randint(1, min(16, PAGES - page))
-    acts: list[Callable[[], object]] = [
-        lambda: guest.fault(page, n),
-        lambda: guest.allocate(page, n),
-        lambda: guest.fill(page, n, rng.randrange(100)),
-        lambda: guest.write(page, n, rng.randrange(100), private=False),
-        lambda: guest.punch(page, n),
-        lambda: guest.convert(page, n, rng.random() < 0.5),
-        lambda: engine.migrate(guest.frames(page, n)[guest.frames(page, n) >= 0]),
-        lambda: engine.compact(rng.randrange(2)),
-        lambda: engine.pin(guest.file, page * PAGE_SIZE, n * PAGE_SIZE, "DMA", "device/1"),
-        lambda: engine.unpin(rng.randint(1, 20)),
-        lambda: engine.offline(page, n),
-        lambda: engine.online(page, n),
-    ]
-    if rng.random() < 0.03:
-        acts = [
-            lambda: engine.poison(int(guest.frames(page)[0])),
-            lambda: engine.close_file(guest.file),
-            lambda: engine.destroy_vm(guest.vm),
-        ]
-    if rng.random() < 0.05:
-        guests.append(Guest(engine, rng.choice(INSTALLED), PAGES))
-        return
-    try:
-        rng.choice(acts)()
-    except (RmemError, AssertionError):
-        # refused, or the guest did not get to its end: both are part of the run
-        return
-
-
 def _long_run(engine: Engine, seed: int) -> None:
     rng = random.Random(seed)
     guests = [Guest(engine, name, PAGES) for name in INSTALLED]
     for _ in range(STEPS):
-        _act(engine, guests, rng)
+        act(engine, guests, rng)
     assert check(engine.core) == []
-
-
-def _arena(engine: Engine) -> bytes:
-    controller = engine.core.controller
-    digest = blake2b()
-    for at in range(0, engine.core.host.nframes, 512):
-        digest.update(controller._arena.read(pages(at, 512)).tobytes())
-    return digest.digest()
 
 
 def test_replayed_on_nothing_the_journal_gives_the_state(
@@ -124,7 +78,7 @@ def test_the_same_requests_give_the_same_frames_keys_and_revisions(
     _long_run(other, 2)
     assert one.revision == other.revision
     assert same_state(one.core.space.snapshot(), other.core.space.snapshot()) == []
-    assert _arena(one) == _arena(other)
+    assert arena(one) == arena(other)
     events = [engine.core.journal.events_after(0) for engine in (one, other)]
     assert events[0] == events[1]
 

@@ -1,0 +1,255 @@
+"""A state had back after a kill: what was told is there, what was half done is not, bytes agree."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pytest
+from acts import INSTALLED, PAGES, act, arena
+from guests import Guest
+from helpers import write
+from keeping import Kept, kept_engine, reopened
+
+from rmemd.engine import reopen
+from rmemd.engine.engine import Engine
+from rmemd.engine.invariants import check
+from rmemd.engine.journal import Journal
+from rmemd.engine.notes import Notes
+from rmemd.errors import RmemError
+from rmemd.hooks.tables import Space, same_state
+from rmemd.hooks.types import Agent
+from rmemd.model.host import Stored, Use
+from rmemd.store.keeping import JOURNALS, Keeping
+from rmemd.store.system import System
+from rmemd.units import PAGE_SIZE, pages
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    keeper = Kept()
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def engine(kept: Kept) -> Iterator[Engine]:
+    made = kept_engine(kept, nnodes=2)
+    yield made
+    made.close()
+
+
+def _state_in_log(fds: dict[str, int]) -> tuple[Space, Journal]:
+    """Return the state that a log has, before anything is made to agree with it."""
+    opened = reopen.open_log("", {}, Keeping({name: fds[name] for name in JOURNALS}), True)
+    space, journal = Space(), Journal()
+    assert reopen.read(opened, space, journal, Notes(journal, _no_lock())) is not None
+    assert opened.log is not None
+    opened.log.close()
+    return space, journal
+
+
+def _no_lock() -> Any:
+    import threading
+
+    return threading.Condition()
+
+
+def _close(fds: dict[str, int]) -> None:
+    for fd in fds.values():
+        os.close(fd)
+
+
+def _after_each_frame(engine: Engine, look: Callable[[], None]) -> None:
+    """Have ``look`` called whenever a frame was written: a kill could come there."""
+    log = engine.core.journal._log
+    assert log is not None
+    append = log.append
+
+    def and_look(payload: bytes) -> None:
+        append(payload)
+        look()
+
+    log.append = and_look  # type: ignore[method-assign]
+
+
+def test_after_every_frame_the_log_has_the_state(engine: Engine, kept: Kept) -> None:
+    """I19: what is had back is what a prefix of the records makes, all of those that count."""
+    # an act takes an assertion for a guest's
+    looks: list[list[str]] = []
+
+    def look() -> None:
+        fds = {name: os.dup(fd) for name, fd in kept.fds.items() if name in JOURNALS}
+        copied = Kept(fds).copied()
+        space, journal = _state_in_log(copied)
+        differ = same_state(space.snapshot(), engine.core.space.snapshot())
+        looks.append([*differ, *(["revision"] if journal.revision != engine.revision else [])])
+        _close(fds)
+
+    guests = [Guest(engine, name, PAGES) for name in INSTALLED[:3]]
+    _after_each_frame(engine, look)
+    rng = random.Random(3)
+    for _ in range(100):
+        act(engine, guests, rng)
+    assert len(looks) > 60
+    assert not any(looks)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_any_frame_state_and_memory_agree(engine: Engine, kept: Kept, seed: int) -> None:
+    # an act takes an assertion for a guest's
+    found: list[Any] = []
+    wrong: list[str] = []
+
+    def look() -> None:
+        after = reopened(kept)
+        strays, missing = after.core.controller.strays()
+        wrong.extend(check(after.core))
+        wrong.extend(f"arena: pfn {pfn}" for pfn in (*strays, *missing))
+        if (after.core.host.use.view == int(Use.SCRUBBING)).any():
+            wrong.append("frames wait to be scrubbed")
+        found.append(after.recovered)
+        after.close()
+
+    rng = random.Random(seed)
+    guests = [Guest(engine, rng.choice(INSTALLED), PAGES) for _ in range(2)]
+    _after_each_frame(engine, look)
+    for _ in range(25):
+        act(engine, guests, rng)
+    assert wrong == []
+    assert len(found) > 10
+
+
+def test_reopened_the_engine_is_the_same_and_goes_on_the_same(engine: Engine, kept: Kept) -> None:
+    rng = random.Random(5)
+    guests = [Guest(engine, name, PAGES) for name in INSTALLED]
+    for _ in range(200):
+        act(engine, guests, rng)
+    after = reopened(kept)
+    assert same_state(after.core.space.snapshot(), engine.core.space.snapshot()) == []
+    assert arena(after) == arena(engine)
+    ours = [guest for guest in guests if engine.core.vms.exists(guest.vm)]
+    theirs = []
+    for guest in ours:
+        twin = object.__new__(Guest)
+        twin.__dict__.update(guest.__dict__, engine=after)
+        theirs.append(twin)
+    one, other = random.Random(6), random.Random(6)
+    for _ in range(100):
+        act(engine, ours, one)
+        act(after, theirs, other)
+    assert after.revision == engine.revision
+    assert same_state(after.core.space.snapshot(), engine.core.space.snapshot()) == []
+    assert arena(after) == arena(engine)
+    after.close()
+
+
+# --- a kill at every system call that moves bytes -----------------------------------------------
+class Killed(System):
+    """The running kernel, with a moment before and after each call that changes a memfd."""
+
+    def __init__(self) -> None:
+        self.look: Callable[[], None] = lambda: None
+
+    def write(self, fd: int, view: memoryview, offset: int) -> int:
+        self.look()
+        # a kill can end it after any page
+        half = (offset + view.nbytes // 2) // PAGE_SIZE * PAGE_SIZE - offset
+        n = super().write(fd, view[:half] if half > 0 else view, offset)
+        self.look()
+        return n
+
+    def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        self.look()
+        super().fallocate(fd, mode, offset, length)
+        self.look()
+
+
+NPAGES = 16
+A, B = 1, 2
+Act = Callable[[Guest], object]
+ACTS: dict[str, tuple[Act, ...]] = {
+    "write": (lambda g: g.write(2, 12, B),),
+    "write parts": (lambda g: g.run(write(g.gpa(2) + 9, 3 * PAGE_SIZE, 7, g.private)),),
+    "migrate": (lambda g: g.engine.migrate(g.frames(0, NPAGES)),),
+    "punch": (lambda g: g.punch(4, 8), lambda g: g.fault(4, 8)),
+    "destroy": (lambda g: g.engine.destroy_vm(g.vm), lambda g: g.engine.close_file(g.file)),
+    "convert": (
+        lambda g: g.convert(0, NPAGES, False),
+        lambda g: g.engine.write_shared(g.file, 0, b"b" * NPAGES * PAGE_SIZE),
+        lambda g: g.punch(3, 2),
+        lambda g: g.convert(0, NPAGES, True),
+    ),
+    "physical": (
+        lambda g: g.engine.write_physical(int(g.frames(1)[0]), b"b" * PAGE_SIZE, Agent.HOST_KERNEL),
+    ),
+}
+
+
+@pytest.mark.parametrize("filled", [True, False], ids=["written", "zero"])
+@pytest.mark.parametrize("act_name", ACTS)
+@pytest.mark.parametrize("name", ["null", "gup", "tdx-relocate", "snp-move", "pkvm-gmem"])
+def test_killed_at_any_system_call_each_page_is_old_or_new(
+    kept: Kept, name: str, act_name: str, filled: bool
+) -> None:
+    """Each page is as before what was under way, or as after it: never torn, lost or both."""
+    system = Killed()
+    engine = kept_engine(kept, nframes=1024, system=system)
+    guest = Guest(engine, name, NPAGES)
+    guest.fault(0, NPAGES)
+    if filled and guest.private:
+        guest.fill(0, NPAGES, A)
+    moments: list[list[Page]] = []
+    wrong: list[str] = []
+
+    def look() -> None:
+        after = reopened(kept)
+        wrong.extend(check(after.core))
+        moments.append(_pages(after, guest.file, guest.vm))
+        after.close()
+
+    for step in ACTS[act_name]:
+        before = _pages(engine, guest.file, guest.vm)
+        moments.clear()
+        system.look = look
+        with suppress(RmemError):
+            step(guest)
+        system.look = lambda: None
+        ended = _pages(engine, guest.file, guest.vm)
+        for moment in moments:
+            for page, found, old, new in zip(range(NPAGES), moment, before, ended, strict=True):
+                if found not in (old, new):
+                    wrong.append(f"page {page}: {found}, was {old}, becomes {new}")
+    assert wrong == []
+    engine.close()
+
+
+# the private and the shared half of a page: a digest of the bytes, or what else is there
+Page = tuple[str, str]
+
+
+def _pages(engine: Engine, file: int, vm: int) -> list[Page]:
+    """Return what a file's pages hold, without touching one."""
+    core = engine.core
+    if not core.files.exists(file):
+        return [("gone", "gone")] * NPAGES
+    view = core.files.get(file)
+    frames = view.frames.get(pages(0, NPAGES)).astype(np.int64) - 1
+    key: Any = core.host.vm_keys.get(vm, 0)
+    private = ["hole"] * NPAGES
+    at = np.flatnonzero((frames >= 0) & (core.host.stored.get(frames) != Stored.SHARED))
+    rows, failed = core.controller.read(frames[at], key)
+    for page, row, bad in zip(at.tolist(), rows, failed, strict=True):
+        private[page] = "poison" if bad else blake2b(row.tobytes(), digest_size=4).hexdigest()
+    shared = ["hole"] * NPAGES
+    if core.has_shared_memory(view):
+        memfd = core.shared_memory(view)
+        for page in memfd.present(0, NPAGES).tolist():
+            row = memfd.read(pages(page, 1))
+            shared[page] = blake2b(row.tobytes(), digest_size=4).hexdigest()
+    return list(zip(private, shared, strict=True))
