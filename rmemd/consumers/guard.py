@@ -31,6 +31,7 @@ from rmemd.hooks.types import (
     Populated,
     Runs,
 )
+from rmemd.units import I64, U8
 
 # a hook that runs longer than this freezes its VM
 DEADLINE_SECONDS = 2.0
@@ -175,6 +176,20 @@ class Consumer:
             raise _nonsense(where, answer)
         # the mapping may be of the plugin's own class; the state must outlive that
         return State(answer.kind, answer.version, dict(answer.tables))
+
+    def resume(self, read: Callable[[I64], U8]) -> str:
+        """Have what is not in tables be rebuilt; return what is lost, "" for nothing.
+
+        Raises:
+            RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
+        """
+        if self.ops.resume is None:
+            return ""
+        where = f"{self.name}.resume"
+        answer = self._guard.call(self.vm, where, self.ops.resume, read)
+        if not isinstance(answer, str):
+            raise _nonsense(where, answer)
+        return answer
 
 
 def _absent() -> None:

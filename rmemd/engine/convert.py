@@ -205,6 +205,8 @@ def _convert(
         _remap(core, tx, vm, file, changing, pfns, private)
     if changing.size:
         key = private_key(core, vm)
+        # made under the lock: two who come to need it at once would each make their own
+        core.shared_memory(file)
         carry = partial(_carry, core, file, changing, pfns, private, content, key)
         with in_progress(core, file, start, npages):
             yield Step("convert", tx=tx, work=carry, vm=vm.info.vm)

@@ -12,20 +12,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rmemd.engine.journal import Journal
 from rmemd.engine.notes import Notes
+from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Tx
 from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import ARENA, Stored, Use
+from rmemd.model.vms import Vm, unpack
 from rmemd.store.codec import NoteEntry, Record, decode, encode_note, encode_record
 from rmemd.store.keeping import FILE_PREFIX, JOURNALS, Keeping, file_name
 from rmemd.store.log import Log
-from rmemd.units import I64, U64, pages
+from rmemd.units import I64, PAGE_SIZE, U8, U64, pages
 
 if TYPE_CHECKING:
     from rmemd.engine.core import Core, Steps
@@ -80,7 +83,7 @@ class Recovered:
         undone_pages: pages of a write in place that had not reached them.
         stray_pages: pages of the arena that no record spoke of.
         scrubbed_frames: frames whose destruction was recorded and not done.
-        lost: objects whose memory is gone, as messages name them.
+        lost: objects whose memory is gone, as messages name them, and what a consumer lost.
     """
 
     revision: int
@@ -170,10 +173,26 @@ def settle(core: Core, done: ReadBack) -> Steps[Recovered]:
     scrubbing = np.flatnonzero(core.host.use.view == int(Use.SCRUBBING)).astype(np.int64)
     core.scrub_later(scrubbing)
     yield from core.scrub()
+    for vm in core.vms.all():
+        try:
+            said = core.consumer(vm).resume(partial(_plaintext, core, vm))
+        except RmemError as refusal:
+            said = str(refusal)
+        if said:
+            lost.append(f"{vm.info.label}: {said}")
     return Recovered(
         core.journal.revision, done.records, done.cut_bytes, undone, int(strays.size),
         int(scrubbing.size), tuple(lost),
     )  # fmt: skip
+
+
+def _plaintext(core: Core, vm: Vm, gfns: I64) -> U8:
+    """Return what a VM's mapped pages hold, for its own consumer; of others, zeros."""
+    pfns, _ = unpack(vm.mirror.get(gfns))
+    rows = np.zeros((gfns.size, PAGE_SIZE), dtype=np.uint8)
+    there = pfns >= 0
+    rows[there], _ = core.controller.read(pfns[there], int(core.host.vm_keys.get(vm.info.vm, 0)))
+    return rows
 
 
 def _take_shared_memfds(core: Core) -> list[str]:

@@ -65,6 +65,7 @@ class NotifierOps:
     page_state: Callable[[I64, I64], PageStates] | None = None
     export_state: Callable[[], State] | None = None
     import_state: Callable[[HookTx, State], None] | None = None
+    resume: Callable[[Callable[[I64], U8]], str] | None = None
 
     def implemented(self) -> dict[str, bool]:
         """Return each op's name and whether it is implemented, in the table's order."""

@@ -11,7 +11,7 @@ plugin: the whole operation is undone and the plugin is named.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import pluggy
@@ -155,6 +155,14 @@ class ConsumerSpec(Protocol):
         """Take over what another object exported, into tables that are empty. NULL if export is.
 
         The platform's tables are as they were, ids and keys included: take nothing host-wide.
+        """
+
+    @_first
+    def resume(self, read: Callable[[I64], U8]) -> str:
+        """Another process kept this VM and was killed: rebuild what is not in tables.
+
+        ``read`` gives the guest's own plaintext, uint8 (n, 4096), of mapped gfns. Return "", or
+        what is lost, for the log. When NULL: all there is, is in tables.
         """
 
 

@@ -195,8 +195,9 @@ SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "page_state": (inspect,),
     "export_state": (swap,),
 }
-# what is asked of an object before it is the VM's consumer: test_swap.py breaks it for each
-ELSEWHERE = frozenset(("import_state",))
+# what is asked of an object before it is the VM's consumer (test_swap.py breaks it for each), and
+# when a state is reopened (test_reopen.py)
+ELSEWHERE = frozenset(("import_state", "resume"))
 PLATFORM_SCENARIOS: dict[str, tuple[Scenario, ...]] = {
     "make_consumer": (create,),
     "destroy_consumer": (destroy,),

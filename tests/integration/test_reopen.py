@@ -21,6 +21,7 @@ from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.journal import Journal
 from rmemd.engine.notes import Notes
+from rmemd.engine.programme import Opcode
 from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.types import Agent
@@ -134,11 +135,7 @@ def test_reopened_the_engine_is_the_same_and_goes_on_the_same(engine: Engine, ke
     assert same_state(after.core.space.snapshot(), engine.core.space.snapshot()) == []
     assert arena(after) == arena(engine)
     ours = [guest for guest in guests if engine.core.vms.exists(guest.vm)]
-    theirs = []
-    for guest in ours:
-        twin = object.__new__(Guest)
-        twin.__dict__.update(guest.__dict__, engine=after)
-        theirs.append(twin)
+    theirs = [_twin(guest, after) for guest in ours]
     one, other = random.Random(6), random.Random(6)
     for _ in range(100):
         act(engine, ours, one)
@@ -149,7 +146,7 @@ def test_reopened_the_engine_is_the_same_and_goes_on_the_same(engine: Engine, ke
     after.close()
 
 
-# --- a kill at every system call that moves bytes -----------------------------------------------
+# --- a kill at every system call that moves bytes -------------------------------------------------
 class Killed(System):
     """The running kernel, with a moment before and after each call that changes a memfd."""
 
@@ -253,3 +250,148 @@ def _pages(engine: Engine, file: int, vm: int) -> list[Page]:
             row = memfd.read(pages(page, 1))
             shared[page] = blake2b(row.tobytes(), digest_size=4).hexdigest()
     return list(zip(private, shared, strict=True))
+
+
+# --- consumers ------------------------------------------------------------------------------------
+def test_a_td_that_is_being_built_is_measured_on(engine: Engine, kept: Kept) -> None:
+    """A running hash cannot be written down; the consumer takes it up again (its resume)."""
+    whole, cut = (Guest(engine, "tdx-today", NPAGES, finalized=False) for _ in range(2))
+    first, rest = b"f" * 4 * PAGE_SIZE, b"r" * 3 * PAGE_SIZE
+    for guest in (whole, cut):
+        guest.populate(0, first)
+    after = reopened(kept)
+    assert after.recovered is not None
+    assert after.recovered.lost == ()
+    engine.populate(whole.vm, whole.gpa(4), rest)
+    after.populate(cut.vm, cut.gpa(4), rest)
+    assert after.finalize(cut.vm) == engine.finalize(whole.vm)
+    after.close()
+
+
+def test_a_consumer_that_cannot_resume_does_not_stop_the_others(
+    engine: Engine, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(engine, "tdx-today", NPAGES)
+    Guest(engine, "null", NPAGES)
+
+    def fail(*_: Any) -> str:
+        raise ValueError
+
+    monkeypatch.setattr("rmemd_tdx.measurement.resume", fail)
+    after = reopened(kept)
+    assert after.recovered is not None
+    assert [text.partition(":")[0] for text in after.recovered.lost] == [f"vm/{guest.vm}"]
+    assert "PLUGIN_RAISED" in after.recovered.lost[0]
+    assert len(after.core.vms.all()) == 2
+    after.close()
+
+
+# --- what is not there any more -------------------------------------------------------------------
+def test_memory_that_was_lost_is_said_to_be(engine: Engine, kept: Kept) -> None:
+    """I20: a descriptor that is missing is an object that is lost, and it says so itself."""
+    private, shared = Guest(engine, "snp-move", NPAGES), Guest(engine, "sw-protected", NPAGES)
+    untouched = Guest(engine, "null", NPAGES)
+    private.fill(0, 2, 1)
+    shared.convert(0, 2, False)
+    engine.write_shared(shared.file, 0, b"x" * PAGE_SIZE)
+    fds = kept.copied()
+    os.close(fds.pop("arena"))
+    os.close(fds.pop(f"file.{shared.file}"))
+    after = kept_engine(Kept(fds))
+    assert after.recovered is not None
+    assert set(after.recovered.lost) == {f"vm/{private.vm}", f"file/{shared.file}"}
+    states = {vm.info.vm: vm.info.state for vm in after.core.vms.all()}
+    assert states[private.vm] == states[shared.vm] == "dead"
+    assert states[untouched.vm] != "dead"
+    after.close()
+
+
+def test_a_descriptor_of_nothing_is_let_go(engine: Engine, kept: Kept) -> None:
+    guest = Guest(engine, "sw-protected", NPAGES)
+    guest.convert(0, 2, False)
+    engine.write_shared(guest.file, 0, b"x")
+    fds = kept.copied()
+    fds["file.77"] = os.dup(fds[f"file.{guest.file}"])
+    keeper = Kept(fds)
+    after = kept_engine(keeper)
+    assert "file.77" not in keeper.fds
+    assert f"file.{guest.file}" in keeper.fds
+    assert after.recovered is not None
+    assert after.recovered.lost == ()
+    after.close()
+
+
+# --- exactly once ---------------------------------------------------------------------------------
+ONCE: dict[str, Callable[[Engine, Guest], object]] = {
+    "create_vm": lambda e, g: e.create_vm("null").info.vm,
+    "create_file": lambda e, g: e.create_file(g.vm, PAGE_SIZE).info.file,
+    "destroy_vm": lambda e, g: e.destroy_vm(g.vm),
+    "close_file": lambda e, g: e.close_file(g.file),
+    "punch": lambda e, g: g.punch(0, 3),
+    "allocate": lambda e, g: g.allocate(4, 3),
+    "pin": lambda e, g: e.pin(g.file, 8 * PAGE_SIZE, PAGE_SIZE, "DMA", "device/1"),
+    "open_session": lambda e, g: e.open_session("uid:1", "host", "lease").session,
+    "poison": lambda e, g: e.poison(int(g.frames(0)[0])),
+    "run_vcpu": lambda e, g: e.run_vcpu(g.vm, 0).reason.name,
+    "swap": lambda e, g: e.swap_consumer(g.vm, "null"),
+}
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_call_that_is_repeated_after_a_kill_is_not_made_twice(
+    engine: Engine, kept: Kept, name: str
+) -> None:
+    """I21: the client was not answered, and asks again."""
+    guest = Guest(engine, "null", NPAGES)
+    guest.allocate(0, 3)
+    guest.fault(8, 1)
+    engine.set_programme(guest.vm, 0, (guest.do(Opcode.TOUCH, 8),))
+    with engine.core.calls.of(("uid:1", 0, "id")):
+        first = ONCE[name](engine, guest)
+    after = reopened(kept)
+    revision = after.revision
+    with after.core.calls.of(("uid:1", 0, "id")):
+        assert repr(ONCE[name](after, _twin(guest, after))) == repr(first)
+    assert after.revision == revision
+    after.core.calls.forget(("uid:1", 0, "id"))
+    assert [key for key, _ in after.core.notes.items("results") if key[0][2] == "id"] == []
+    after.close()
+
+
+def _twin(guest: Guest, engine: Engine) -> Guest:
+    """Return the same guest, of an engine that was reopened."""
+    twin = object.__new__(Guest)
+    twin.__dict__.update(guest.__dict__, engine=engine)
+    return twin
+
+
+def test_another_call_is_made(engine: Engine, kept: Kept) -> None:
+    with engine.core.calls.of(("uid:1", 0, "id")):
+        first = engine.create_vm("null").info.vm
+    after = reopened(kept)
+    with after.core.calls.of(("uid:1", 0, "another")):
+        assert after.create_vm("null").info.vm != first
+    after.close()
+
+
+def test_a_populate_that_was_cut_off_goes_on(engine: Engine, kept: Kept) -> None:
+    """A page cannot be added to a TD twice: the repeat adds those that are missing."""
+    guest = Guest(engine, "tdx-today", 1200, finalized=False)
+    data = b"p" * guest.npages * PAGE_SIZE
+    whole = Guest(engine, "tdx-today", 1200, finalized=False)
+    whole.populate(0, data)
+    moments = []
+
+    def hold(step: str) -> None:
+        moments.append(reopened(kept))
+
+    engine.core.hold = hold
+    with engine.core.calls.of("id"):
+        assert guest.populate(0, data) == guest.npages
+    engine.core.hold = None
+    assert len(moments) >= 3
+    for after in moments:
+        with after.core.calls.of("id"):
+            assert _twin(guest, after).populate(0, data) == guest.npages
+        assert after.finalize(guest.vm) == after.finalize(whole.vm)
+        after.close()

@@ -22,7 +22,7 @@ from rmem.v1 import (
 OPS = [
     "invalidate_start", "invalidate_end", "prepare", "map", "pin", "unpin", "migrate_folio",
     "convert", "populate", "finalize", "enter", "leave", "guest_access", "guest_call", "error",
-    "export_state", "import_state",
+    "export_state", "import_state", "resume",
 ]  # fmt: skip
 
 CONSUMERS = {
@@ -283,8 +283,12 @@ def sessions() -> list[session_pb2.Session]:
 
 
 CHECKED = [
-    host_pb2.Invariant(invariant="I1", meaning="a frame names its page, and the page the frame"),
-    host_pb2.Invariant(invariant="I3", meaning="a free frame is nobody's"),
+    host_pb2.Invariant(
+        invariant="I1", status=1, meaning="a frame names its page, and the page the frame"
+    ),
+    host_pb2.Invariant(invariant="I3", status=1, meaning="a free frame is nobody's"),
+    host_pb2.Invariant(invariant="I8", status=4, meaning="each start has its end"),
+    host_pb2.Invariant(invariant="I24", status=3, meaning="private bytes are told to nobody"),
 ]
 
 
@@ -401,7 +405,7 @@ def answers() -> dict[str, Any]:
             ],
         ),
         "CheckHost": host_pb2.CheckHostResponse(
-            revision=43, held_seconds=0.0042, checked=CHECKED,
+            revision=43, held_seconds=0.0042, checked=CHECKED, watched_transactions=7,
         ),
         "ExplainReason": reasons,
         "Watch": watch(),

@@ -36,7 +36,9 @@ from rmemd.hooks import (
     PageStates,
     Pin,
     Populated,
+    Records,
     Runs,
+    Sparse,
     State,
     Why,
     export_tables,
@@ -44,7 +46,7 @@ from rmemd.hooks import (
     import_tables,
 )
 from rmemd.units import I64, U8, Bools
-from rmemd_tdx import leaves
+from rmemd_tdx import leaves, measurement
 from rmemd_tdx import tables as t
 from rmemd_tdx.leaves import Td
 
@@ -166,14 +168,9 @@ class TdxConsumer:
             raise BAD_REQUEST("TDX knows NORMAL initial pages only", field="kind")
         gfns, pfns = runs.gfns(), runs.pfns()
         leaves.add(tx, self.td, gfns, pfns)
-        records = leaves.add_records(gfns)
         if measure:
-            gpas = leaves.chunk_gpas(gfns)
-            leaves.extend(tx, self.td, gpas)
-            chunks = leaves.extend_records(gpas, source.reshape(-1, leaves.CHUNK_BYTES))
-            # one row per page: its ADD, then its EXTENDs; so the whole batch is hashed at once
-            records = np.hstack([records, chunks.reshape(gfns.size, -1)])
-        leaves.measure(tx, self.td, records)
+            leaves.extend(tx, self.td, measurement.chunk_gpas(gfns))
+        measurement.measure(tx, self.td, gfns, source if measure else None)
         tx.copy_in(pfns, self.td.fields["KEY"], source)
         return Populated(mapped=True)
 
@@ -279,7 +276,7 @@ class TdxConsumer:
 
         Differs: on hardware the module holds all of this, and KVM's half is next to nothing.
         """
-        return export_tables(*SCHEMA, self.td.fields, self.td.inside, self.td.sept, self.td.hpa)
+        return export_tables(*SCHEMA, *self._tables)
 
     @hookimpl
     def import_state(self, tx: HookTx, state: State) -> None:
@@ -289,7 +286,7 @@ class TdxConsumer:
         measurement that is under way can only go on in the process's memory that it began in.
         """
         td = self.td
-        import_tables(tx, state, *SCHEMA, td.fields, td.inside, td.sept, td.hpa)
+        import_tables(tx, state, *SCHEMA, *self._tables)
         for name, wanted in self.attributes.items():
             if td.fields[name] != wanted:
                 raise SWAP_UNSAFE(
@@ -298,6 +295,16 @@ class TdxConsumer:
                 )  # fmt: skip
         if not self._runnable and td.fields["MRTD"] not in td.streams:
             raise t.MEASUREMENT_LOST(f"vm/{td.vm} is being measured", state="INITIALIZED")
+
+    @hookimpl
+    def resume(self, read: Callable[[I64], U8]) -> str:
+        """Take up the measurement of a TD that is being built; all else is in the tables."""
+        return measurement.resume(self.td, read)
+
+    @property
+    def _tables(self) -> tuple[Sparse | Records, ...]:
+        td = self.td
+        return td.fields, td.inside, td.sept, td.hpa, td.order
 
 
 class TdxToday(TdxConsumer):

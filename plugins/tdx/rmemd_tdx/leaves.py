@@ -21,7 +21,7 @@ import numpy as np
 
 from rmemd.errors import BAD_REQUEST
 from rmemd.hooks import Dense, HookTx, Records, Sparse
-from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, U8, Bools, pages
+from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, PMD_PAGES, U8, Bools
 from rmemd_tdx import tables as t
 
 CHUNK_BYTES = 256
@@ -69,7 +69,8 @@ class Streams(dict[bytes, "hashlib._Hash"]):
 
     A cache and no state: a context cannot be journalled, so the table keeps the digest, which also
     says which context an undone transaction falls back to. Each TD has its own; a consumer that
-    takes over from one of the same platform finds it there.
+    takes over from one of the same platform finds it there, and a process that has none makes it
+    again (``measurement.resume``).
     """
 
 
@@ -83,6 +84,8 @@ class Td:
         inside: vCPU -> the TD_EPOCH that it entered in.
         sept: state code by gfn.
         hpa: frame by gfn, where the state has one.
+        order: by gfn, ``turn << 1 | whether its bytes were measured``: the page's turn to go into
+            MRTD, from 1; 0 for pages that did not.
         pamt: the host's frames.
         streams: what its measurement goes on from.
     """
@@ -92,6 +95,7 @@ class Td:
     inside: Records
     sept: Sparse
     hpa: Sparse
+    order: Sparse
     pamt: Pamt
     streams: Streams = field(default_factory=Streams)
 
@@ -215,7 +219,7 @@ def _take(tx: HookTx, pamt: Pamt, pfns: I64) -> None:
 
 # --- pages in -------------------------------------------------------------------------------------
 def add(tx: HookTx, td: Td, gfns: I64, pfns: I64, level: int = 0) -> None:
-    """TDH.MEM.PAGE.ADD: enter initial pages; the caller copies the bytes and feeds ``measure``."""
+    """TDH.MEM.PAGE.ADD: enter initial pages; the caller copies the bytes and measures them."""
     _enter_pages(tx, td, "TDH_MEM_PAGE_ADD", gfns, pfns, level, t.MAPPED)
 
 
@@ -350,7 +354,7 @@ def reset(tx: HookTx, pamt: Pamt, pfns: I64) -> None:
 
 # --- measurement ----------------------------------------------------------------------------------
 def extend(tx: HookTx, td: Td, gpas: I64) -> None:
-    """TDH.MR.EXTEND: check the chunks at ``gpas``, in bytes; the caller feeds ``measure``."""
+    """TDH.MR.EXTEND: check the chunks at ``gpas``, in bytes; the caller measures them."""
     leaf = "TDH_MR_EXTEND"
     _common_checks(tx, td, leaf)
     gfns = gpas >> PAGE_SHIFT
@@ -358,43 +362,6 @@ def extend(tx: HookTx, td: Td, gpas: I64) -> None:
         ~t.ALLOW[leaf][td.sept.get(gfns)], "TDX_EPT_ENTRY_NOT_PRESENT|RCX", "tdx.md §9 rule 3"
     )
     _require(td, leaf, gfns, _bad_gpa(gpas, CHUNK_BYTES), absent)
-
-
-def chunk_gpas(gfns: I64) -> I64:
-    """Return the GPA in bytes of each page's 16 chunks, shape (n * 16,)."""
-    gpas: I64 = (gfns[:, None] << PAGE_SHIFT) + pages(0, 16) * CHUNK_BYTES
-    return gpas.ravel()
-
-
-def add_records(gfns: I64) -> U8:
-    """Return what PAGE.ADD measures, shape (n, 128): its name and the GPA, not the bytes."""
-    return _records(b"MEM.PAGE.ADD", gfns << PAGE_SHIFT)
-
-
-def extend_records(gpas: I64, chunks: U8) -> U8:
-    """Return what MR.EXTEND measures, shape (n, 384): its name, the GPA, and the 256 bytes."""
-    return np.hstack([_records(b"MR.EXTEND", gpas), chunks])
-
-
-def _records(name: bytes, gpas: I64) -> U8:
-    out = np.zeros((gpas.size, 128), dtype=np.uint8)
-    out[:, : len(name)] = np.frombuffer(name, dtype=np.uint8)
-    out[:, 16:24] = gpas.astype("<u8").view(np.uint8).reshape(-1, 8)
-    return out
-
-
-def measure(tx: HookTx, td: Td, records: U8) -> None:
-    """Append records to the MRTD stream, in the order given (tdx.md §8).
-
-    Differs: the stream does not survive the daemon while the TD is being built (``Td.streams``).
-    """
-    running = td.streams.get(td.fields["MRTD"])
-    if running is None:
-        raise t.MEASUREMENT_LOST(f"vm/{td.vm} cannot be measured any further")
-    running = running.copy()
-    running.update(records.tobytes())
-    td.streams[running.digest()] = running
-    tx.set(td.fields, "MRTD", running.digest())
 
 
 def finalize(tx: HookTx, td: Td) -> bytes:

@@ -96,6 +96,7 @@ class TdxPlatform:
             inside=vm.records("inside"),
             sept=vm.sparse("sept"),
             hpa=vm.sparse("hpa", "i8"),
+            order=vm.sparse("order", "i8"),
             pamt=self.pamt,
             streams=Streams({empty.digest(): empty}) if running is None else running,
         )
@@ -114,7 +115,7 @@ class TdxPlatform:
         fields = {
             "LIFECYCLE_STATE": "TD_KEYS_CONFIGURED", "OP_STATE": "INITIALIZED", "FATAL": 0,
             "HKID": hkid, "KEY": key, "TD_EPOCH": 1, "REFCOUNT0": 0, "REFCOUNT1": 0,
-            "MRTD": hashlib.sha384().digest(), "BUGGED": 0, **attributes,
+            "MRTD": hashlib.sha384().digest(), "ADDED": 0, "BUGGED": 0, **attributes,
         }  # fmt: skip
         for name, value in fields.items():
             tx.set(td.fields, name, value)
