@@ -272,7 +272,7 @@ class Core:
                     self.tracer.ended(mine)
                 self.waits.end(mine, before)
                 self.wake_waiting()
-                self.journal.flush()
+                self.journal.settle()
 
     def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
         """Run an operation, then give back what it freed, even if it was refused in the end.
@@ -494,18 +494,31 @@ class Core:
                 raise GaveUp
             yield Step("wait", wait=True, on=on)
 
-    def write_in_place(self, tx: Tx, contents: Contents, raw: U8) -> None:
+    def write_in_place(self, tx: Tx, contents: Contents, raw: U8) -> dict[str, Any]:
         """Record a write into frames that somebody owns; ``store_in_place`` comes next.
 
         The sums say after a crash which of its pages the write had reached.
+
+        Returns:
+            What the frames held, for ``store_in_place``.
         """
+        before = reopen.held(self.space, contents.pfns)
         self.controller.apply(tx, [contents])
         tx.in_place.append((contents.pfns, page_sums(raw)))
+        return before
 
-    def store_in_place(self, contents: Contents, raw: U8) -> None:
-        """Write the bytes of a write in place, after its record."""
+    def store_in_place(self, contents: Contents, raw: U8, before: dict[str, Any]) -> None:
+        """Write the bytes of a write in place, after its record.
+
+        Raises:
+            OSError: the system refused; frames that were not reached hold what they held before.
+        """
         self.journal.flush()
-        self.controller.store_raw(contents.pfns, raw)
+        try:
+            self.controller.store_raw(contents.pfns, raw)
+        except OSError:
+            reopen.undo_in_place(self, "write that failed", contents.pfns, page_sums(raw), before)
+            raise
 
     def scrub_later(self, pfns: I64) -> None:
         """Have frames that are recorded as freed be destroyed by the next ``scrub``."""

@@ -106,6 +106,15 @@ class Journal:
         assert self._log is not None
         self._log.append(b"".join(self._pending))
         self._pending.clear()
+
+    def settle(self) -> None:
+        """Flush at the end of an operation, and begin the log anew if it has become long.
+
+        Not where bytes still follow their record: what tells whether they came is in the record.
+        """
+        self.flush()
+        if self._log is None:
+            return
         worth = max(CHECKPOINT_BYTES, CHECKPOINT_RATIO * self._checkpoint_bytes)
         if self._log.since_checkpoint_bytes > worth:
             # the log that there is goes on, and it is tried again
@@ -120,10 +129,10 @@ class Journal:
         """
         assert self._log is not None
         assert not self._pending
-        opened = self._log.begin_checkpoint(self._header)
-        for entries in self.checkpoint():
-            opened.write(entries)
-        opened.commit()
+        with self._log.begin_checkpoint(self._header) as opened:
+            for entries in self.checkpoint():
+                opened.write(entries)
+            opened.commit()
         self._checkpoint_bytes = self._log.size_bytes
 
     def restore(self, record: Record) -> None:

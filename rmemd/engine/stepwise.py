@@ -174,7 +174,7 @@ class Task:
         self.result, self.error = result, error
         self._core.waits.end(self._mine, self._mine)
         self._core.wake_waiting()
-        self._core.journal.flush()
+        self._core.journal.settle()
 
 
 class Stepwise:

@@ -395,3 +395,54 @@ def test_a_populate_that_was_cut_off_goes_on(engine: Engine, kept: Kept) -> None
             assert _twin(guest, after).populate(0, data) == guest.npages
         assert after.finalize(guest.vm) == after.finalize(whole.vm)
         after.close()
+
+
+# --- a log that was begun anew --------------------------------------------------------------------
+@pytest.mark.parametrize("bytes_before", [1, 5000])
+def test_a_log_that_is_begun_anew_again_and_again_has_the_state(
+    engine: Engine, kept: Kept, monkeypatch: pytest.MonkeyPatch, bytes_before: int
+) -> None:
+    monkeypatch.setattr("rmemd.engine.journal.CHECKPOINT_BYTES", bytes_before)
+    monkeypatch.setattr("rmemd.engine.journal.CHECKPOINT_RATIO", 0)
+    log = engine.core.journal._log
+    assert log is not None
+    rng = random.Random(8)
+    guests = [Guest(engine, name, PAGES) for name in INSTALLED]
+    generation, turns = log.generation, 0
+    for number in range(80):
+        act(engine, guests, rng)
+        turns += log.generation != generation
+        generation = log.generation
+        if number % 10 == 0:
+            after = reopened(kept)
+            assert same_state(after.core.space.snapshot(), engine.core.space.snapshot()) == []
+            assert after.revision == engine.revision
+            assert arena(after) == arena(engine)
+            seen = after.core.journal.oldest_revision()
+            told = after.core.journal.events_after(seen)
+            assert told == engine.core.journal.events_after(seen)
+            after.close()
+    assert turns > 5
+
+
+def test_a_write_in_place_is_undone_though_its_record_makes_the_log_long(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint between the record and the bytes would forget what tells if they came."""
+    monkeypatch.setattr("rmemd.engine.journal.CHECKPOINT_BYTES", 1)
+    monkeypatch.setattr("rmemd.engine.journal.CHECKPOINT_RATIO", 0)
+    system = Killed()
+    engine = kept_engine(kept, system=system)
+    guest = Guest(engine, "tdx-today", NPAGES)
+    guest.fill(0, 2, A)
+    moments = []
+    system.look = lambda: moments.append(reopened(kept))
+    guest.write(0, 1, B)
+    system.look = lambda: None
+    assert moments
+    for after in moments:
+        twin = _twin(guest, after)
+        assert twin.holds(0, 1, A) or twin.holds(0, 1, B)
+        assert twin.holds(1, 1, A)
+        after.close()
+    engine.close()
