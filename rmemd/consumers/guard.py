@@ -101,6 +101,7 @@ class Platform:
         if not any(a is hook_tx for a in args):
             args = (hook_tx, *args)
         where = f"{self.name}.{op}"
+        tx.hook(where)
         answer = self._guard.call(vm, where, getattr(self.ops, op), *args)
         check = _PLATFORM_ANSWERS.get(op)
         if check is not None and not _sound(check, answer, args[1:]):
@@ -143,6 +144,7 @@ class Consumer:
         if injected:
             raise _injected(where, injected)
         hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
+        tx.hook(where)
         answer = self._guard.call(self.vm, where, getattr(self.ops, op), hook_tx, *args)
         if not _sound(_ANSWERS[op], answer, args):
             raise _nonsense(where, answer)

@@ -72,9 +72,9 @@ class Registry:
         self.changing = ""
 
     # --- loading -----------------------------------------------------------------------------
-    def load_installed(self, tx: Tx, nframes: int) -> None:
-        """Load every installed plugin, in order of name."""
-        self.load(tx, nframes, discovery.installed())
+    def load_installed(self, tx: Tx, nframes: int, others: Iterable[EntryPoint] = ()) -> None:
+        """Load every installed plugin, in order of name, and then the others."""
+        self.load(tx, nframes, [*discovery.installed(), *others])
 
     def load(self, tx: Tx, nframes: int, points: Iterable[EntryPoint]) -> list[Found]:
         """Load plugins one by one; one that fails leaves no trace but its error."""

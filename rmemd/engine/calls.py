@@ -60,13 +60,22 @@ class Calls:
         self._current.runs += 1
         return self._current.key, self._current.runs
 
-    def known(self, run: Run) -> tuple[Any] | None:
-        """Return what a run came to the first time, in a tuple; None if it was not run."""
-        return cast("tuple[Any] | None", self._notes.get(RESULTS, run))
+    def is_repeat(self) -> bool:
+        """Return whether the run that this thread makes next was made before the daemon died."""
+        key = self._current.key
+        return key is not None and self.known((key, self._current.runs + 1)) is not None
 
-    def came_to(self, run: Run, result: Any) -> None:
-        """Note what a run came to, in the frame of its last record."""
-        self._notes.set(RESULTS, run, (result,), flush=False)
+    def unanswered(self) -> list[Hashable]:
+        """Return the calls that have results, oldest first."""
+        return list(self._by_call)
+
+    def known(self, run: Run) -> tuple[Any, int] | None:
+        """Return what a run came to the first time, and its revision; None if it was not run."""
+        return cast("tuple[Any, int] | None", self._notes.get(RESULTS, run))
+
+    def came_to(self, run: Run, result: Any, revision: int) -> None:
+        """Note what a run came to, at which revision, in the frame of its last record."""
+        self._notes.set(RESULTS, run, (result, revision), flush=False)
         self._by_call.setdefault(run[0], []).append(run)
 
     def got_before(self, run: Run) -> int:
@@ -79,9 +88,13 @@ class Calls:
         self._by_call.setdefault(run[0], []).append(run)
 
     def forget(self, key: Hashable) -> None:
-        """Forget a call's results: its answer is kept, or was refused."""
+        """Forget a call's results: its answer is kept, or has arrived.
+
+        The journal is not told. A daemon that reads them back must see from the answers that it
+        has, or from the calls that came later, that nobody will repeat this one.
+        """
         for run in self._by_call.pop(key, ()):
-            self._notes.drop(RESULTS, run)
+            self._notes.let_go(RESULTS, run)
             self._notes.drop(PROGRESS, run)
 
     def restore(self) -> None:

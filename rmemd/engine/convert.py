@@ -15,7 +15,7 @@ import numpy as np
 from rmemd.engine import frames
 from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
 from rmemd.engine.core import Core, Step, Steps, decided, private_key
-from rmemd.engine.memory import mark_shared
+from rmemd.engine.memory import mark_shared, restricted
 from rmemd.errors import (
     ATTRIBUTES_UNSUPPORTED,
     BAD_RANGE,
@@ -122,7 +122,7 @@ def convert_file(
     core: Core, number: int, offset: int, size: int, attributes: int, flags: int
 ) -> Steps[Converted]:
     """Convert a byte range of a file in place: all of it or nothing."""
-    file = core.files.get(number)
+    file = restricted(core, number)
     vm = core.vms.alive(file.info.vm)
     if not file.info.in_place:
         raise WRONG_PERSONALITY(
@@ -280,14 +280,25 @@ def _carry(
     content: Content,
     key: int,
 ) -> list[Contents]:
-    """Move bytes between arena and shared memfd, as the consumer's answer says."""
+    """Move bytes between arena and shared memfd, as the consumer's answer says.
+
+    Raises:
+        OSError: the system refused; the half that was written to is empty again.
+    """
     done = []
-    for at in range(0, pgoffs.size, CARRY_PAGES):
-        part = slice(at, at + CARRY_PAGES)
+    try:
+        for at in range(0, pgoffs.size, CARRY_PAGES):
+            part = slice(at, at + CARRY_PAGES)
+            if private:
+                done.append(_to_private(core, file, pgoffs[part], pfns[part], content, key))
+            else:
+                _to_shared(core, file, pgoffs[part], pfns[part], content, key)
+    except OSError:
         if private:
-            done.append(_to_private(core, file, pgoffs[part], pfns[part], content, key))
+            core.controller.punch(pfns)
         else:
-            _to_shared(core, file, pgoffs[part], pfns[part], content, key)
+            core.shared_memory(file).punch(pgoffs)
+        raise
     return done
 
 

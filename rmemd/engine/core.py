@@ -13,11 +13,13 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
 from rmemd.engine import reopen
+from rmemd.engine.answered import Answered
 from rmemd.engine.calls import Calls, Run, looked_up, named
 from rmemd.engine.cancel import Cancelled, never
 from rmemd.engine.fairlock import FairLock
@@ -124,6 +126,7 @@ class Options:
         system: makes the system calls about memfds.
         journalled: whether there is a log, from which the state can be had back.
         life: names the memory: what lives and dies with it, whoever runs the engine.
+        plugins: entry points to load beside the installed ones.
     """
 
     nframes: int
@@ -135,6 +138,7 @@ class Options:
     system: System = SYSTEM
     journalled: bool = False
     life: str = ""
+    plugins: tuple[EntryPoint, ...] = ()
 
     @property
     def facts(self) -> dict[str, int]:
@@ -146,6 +150,7 @@ class Core:
     """State, stores and the rules by which they are changed.
 
     Attributes:
+        answered: at which revision what each thread asked was carried out.
         leaving: VMs whose session ends; their vCPUs exit.
         read_only: why no caller may change anything, "" where they may.
         quotas: the limits of tenants.
@@ -176,6 +181,7 @@ class Core:
         self.journal = Journal(opened.log, opened.header, options.kept_records)
         self.notes = Notes(self.journal, self._changed)
         self.calls = Calls(self.notes)
+        self.answered = Answered()
         self.read_back = reopen.read(opened, self.space, self.journal, self.notes)
         self.waits = Waits(self.journal)
         self.wakes = 0
@@ -209,7 +215,7 @@ class Core:
         self.sessions = Sessions(tx)
         self.userfaults = Userfaults(tx)
         self.pending_faults = PendingFaults(self.userfaults)
-        self.registry.load_installed(tx, options.nframes)
+        self.registry.load_installed(tx, options.nframes, options.plugins)
         self.controller = MemoryController(
             self.host, options.seed, keeping.take(ARENA_NAME), options.system
         )
@@ -246,9 +252,9 @@ class Core:
         run = None if repeatable else self.calls.next_run()
         known = None if run is None else self.calls.known(run)
         if known is not None:
-            return cast("T", looked_up(self, known[0]))
-        result: T = self.drive(Call(operation, who, named_by or operation, cancelled, run))
-        return result
+            result, self.answered.revision = known
+            return cast("T", looked_up(self, result))
+        return cast("T", self.drive(Call(operation, who, named_by or operation, cancelled, run)))
 
     def drain(self, call: Call[T]) -> T:
         """Run an operation to its end in the calling thread: what ``drive`` is by default."""
@@ -272,6 +278,7 @@ class Core:
                     self.tracer.ended(mine)
                 self.waits.end(mine, before)
                 self.wake_waiting()
+                self.answered.revision = mine.ended_at
                 self.journal.settle()
 
     def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
@@ -283,14 +290,16 @@ class Core:
         try:
             result = yield from operation()
         except Exception:
+            self.waits.current.ended_at = self.journal.revision
             yield from self.scrub()
             raise
+        self.waits.current.ended_at = self.journal.revision
         then = None
         if isinstance(result, _Decided):
             result, then = result.result, result.then
         run = self.waits.current.run
         if run is not None and self.journal.revision != before:
-            self.calls.came_to(run, named(result))
+            self.calls.came_to(run, named(result), self.journal.revision)
         if then is not None:
             yield from then()
         yield from self.scrub()
@@ -310,7 +319,8 @@ class Core:
     def read(self, query: Callable[[], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""
         with self._changed:
-            return self.journal.revision, query()
+            revision = self.answered.revision = self.journal.revision
+            return revision, query()
 
     def wait_for_revision(self, revision: int, timeout: float) -> int:
         """Wait until the revision is past ``revision``; return the present one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
@@ -86,9 +86,35 @@ class Engine:
         """Return the revision of the last committed transaction."""
         return self.core.journal.revision
 
+    @property
+    def answered(self) -> int:
+        """Return the revision at which what this thread asked last was carried out (I21).
+
+        It is that of the reply to it. The present one, if nothing was asked since
+        ``core.answered.begin``.
+        """
+        return self.core.answered.revision or self.revision
+
     def read(self, query: Callable[[Core], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""
         return self.core.read(lambda: query(self.core))
+
+    def settle(self, act: Callable[[Core], T]) -> T:
+        """Do something short under the lock, once for a call that is repeated. ALL."""
+
+        core = self.core
+        with core.locked():
+            run = core.calls.next_run()
+            known = None if run is None else core.calls.known(run)
+            if known is not None:
+                result, core.answered.revision = known
+                return cast("T", result)
+            result = act(core)
+            core.answered.revision = core.journal.revision
+            if run is not None:
+                core.calls.came_to(run, result, core.answered.revision)
+            core.journal.flush()
+            return cast("T", result)
 
     def drain(self) -> None:
         """Have running vCPUs exit and watches end."""
@@ -390,15 +416,20 @@ class Engine:
         parent: int = 0,
         vm: int = 0,
         grants: tuple[GrantRange, ...] = (),
+        ticket: bytes = b"",
     ) -> SessionInfo:
-        """Open a session. ALL."""
+        """Open a session, which uses up a ticket. ALL."""
         return self._once(
-            lambda: sessions.open_session(self.core, tenant, role, door, pid, parent, vm, grants)
+            lambda: sessions.open_session(
+                self.core, tenant, role, door, pid, parent, vm, grants, ticket
+            )
         )
 
-    def close_session(self, session: int) -> Closed:
-        """End a session with everything it holds. ALL."""
-        return self.core.run(lambda: sessions.close_session(self.core, session))
+    def close_session(
+        self, session: int, check: Callable[[Core], None] = lambda core: None
+    ) -> Closed:
+        """End a session with everything it holds, unless ``check`` refuses. ALL."""
+        return self.core.run(lambda: sessions.close_session(self.core, session, check))
 
     def revoke(self, tenant: str, file: int, pgoff: int, npages: int) -> list[SessionInfo]:
         """Take a granted range back; return the sessions that lost something. ALL."""
@@ -419,9 +450,11 @@ class Engine:
         """Copy raw bytes between frames. ALL."""
         self.core.run(lambda: physical.copy(self.core, src, dst, npages, agent, bus))
 
-    def poison(self, pfn: int) -> Poisoned:
-        """Poison a frame. ALL."""
-        return self.core.run(lambda: physical.poison(self.core, pfn))
+    def poison(self, pfn: int | Callable[[Core], int]) -> Poisoned:
+        """Poison a frame, or the one that is found under the lock. ALL."""
+        return self.core.run(
+            lambda: physical.poison(self.core, pfn if isinstance(pfn, int) else pfn(self.core))
+        )
 
     # of these three, ``report`` can be read while it grows, and can stop them between two steps;
     # ``who`` is their name in the wait graph

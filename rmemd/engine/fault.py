@@ -265,7 +265,9 @@ def _install(core: Core, tx: Tx, vm_id: int, found: Lookup, trace: Trace | None)
 def _let_go(core: Core, found: Lookup, trace: Trace | None) -> Steps[None]:
     yield from ()
     with core.tx("fault: lost race") as tx:
-        frames.drop(core, tx, found.held, found.taken)
+        # a VM that was destroyed meanwhile has let go of everything itself
+        held = core.ledger.held(found.held, found.taken)
+        frames.drop(core, tx, found.held, found.taken[held])
         if trace is not None:
             trace.note(core, "lost race", int(found.runs.pfn[0]))
 

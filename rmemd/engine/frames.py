@@ -196,8 +196,9 @@ def _by_policy(
             groups.append((mask, every))
         elif policy.policy == MPOL_INTERLEAVE:
             turn = pgoffs % len(policy.nodes)
+            # a node that is full is passed over, as by a preferred policy (numa_memory_policy.rst)
             groups += [
-                (mask & (turn == i), (node,))
+                (mask & (turn == i), (node, *(other for other in every if other != node)))
                 for i, node in enumerate(policy.nodes)
                 if (mask & (turn == i)).any()
             ]

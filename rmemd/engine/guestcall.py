@@ -18,6 +18,7 @@ from rmemd.engine.guestmemory import (
     Stop,
     attribute_stop,
     fault_stop,
+    is_one_pages,
     no_slot_stop,
 )
 from rmemd.engine.populate import fault_in
@@ -154,12 +155,18 @@ def _fault(core: Core, number: int, span: Span, done: int, call: GuestCall) -> S
         rest = Span((span.gfn + done) << PAGE_SHIFT, (span.npages - done) << PAGE_SHIFT)
         return no_slot_stop(vm, rest, call in ABOUT_PRIVATE)
     npages = min(span.npages, slot.gfn + slot.npages - span.gfn) - done
+    first = Span((span.gfn + done) << PAGE_SHIFT, PAGE_SIZE)
     try:
-        yield from fault_in(core, vm, slot, span.gfn + done, npages)
+        try:
+            yield from fault_in(core, vm, slot, first.gfn, npages)
+        except RmemError as refusal:
+            if npages == 1 or not is_one_pages(refusal):
+                raise
+            yield from fault_in(core, vm, slot, first.gfn, 1)
     except Stale:
         return None
     except RmemError as refusal:
-        return fault_stop(span, call in ABOUT_PRIVATE, refusal)
+        return fault_stop(first, call in ABOUT_PRIVATE, refusal)
     return None
 
 

@@ -16,7 +16,7 @@ from rmemd.engine import userfault
 from rmemd.engine.core import Core, Steps, kill, private_key
 from rmemd.engine.fault import Stale, is_private
 from rmemd.engine.physical import judge_error
-from rmemd.engine.populate import fault_in
+from rmemd.engine.populate import ONE_PAGES, fault_in
 from rmemd.engine.programme import Instruction, Opcode, make_rows
 from rmemd.errors import (
     FILE_GONE,
@@ -147,6 +147,9 @@ def reach(
         except Stale:
             continue
         except RmemError as refusal:
+            if span.npages > 1 and is_one_pages(refusal):
+                span = span.cut(1)
+                continue
             return fault_stop(span, private, refusal)
         judge = partial(_judge, core, number, index, span, private, write)
         answer = yield from core.unit(judge)
@@ -155,6 +158,14 @@ def reach(
         if answer > 0:
             return span.cut(answer)
     return Stop("INTERNAL_ERROR", text=f"gfn {span.gfn:#x} faults again and again", gpa=span.start)
+
+
+def is_one_pages(refusal: RmemError) -> bool:
+    """Return whether a fault may be refused for one of its pages: those before it are there.
+
+    KVM faults page by page, and the exit names the page that is refused.
+    """
+    return refusal.reason.kind in ONE_PAGES
 
 
 def _until_a_wait(core: Core, slot: Slot, span: Span, private: bool) -> Span:
@@ -331,8 +342,8 @@ def store(core: Core, vm: Vm, span: Span, rows: U8, private: bool) -> Stop | Non
             rows[row, keep] = old[0, keep]
     contents, raw = core.controller.write_plan(pfns, rows, key)
     with core.tx("guest write") as tx:
-        core.write_in_place(tx, contents, raw)
-    core.store_in_place(contents, raw)
+        before = core.write_in_place(tx, contents, raw)
+    core.store_in_place(contents, raw, before)
     return None
 
 

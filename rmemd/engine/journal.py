@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
-from rmemd.errors import REVISION_COMPACTED
+from rmemd.errors import PLUGIN_NONSENSE, REVISION_COMPACTED, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.store.codec import NoteEntry, Record, encode_note, encode_record
 from rmemd.store.log import Log
@@ -28,6 +28,12 @@ CHECKPOINT_EVENTS = 1024
 # a log this much longer than its checkpoint gets a new one; a large state is worth more log
 CHECKPOINT_BYTES = 16 << 20
 CHECKPOINT_RATIO = 4
+
+
+# of a record's key, in a message
+KEY_MAX = 64
+# what the codec raises of a value that is not plain
+NOT_PLAIN = (TypeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -77,11 +83,12 @@ class Journal:
 
         Raises:
             OSError: the system has no memory left for the log; nothing is recorded.
+            PluginFault: PLUGIN_NONSENSE; a hook wrote what is not plain, nothing is recorded.
         """
         revision = self.revision + 1
         record = Record(revision, tx.label, tuple(tx.redo), tuple(tx.events), tuple(tx.in_place))
         if self._log is not None:
-            self._buffer(encode_record(record))
+            self._buffer(self._encoded(record, tx))
         self.revision = revision
         if self._keeps:
             self.records.append(record)
@@ -173,6 +180,15 @@ class Journal:
         """Return the revision that a watch can start from at the earliest."""
         return self._compacted
 
+    def _encoded(self, record: Record, tx: Tx) -> bytes:
+        try:
+            return encode_record(record)
+        except NOT_PLAIN as error:
+            fault = fault_of(tx)
+            if fault is None:
+                raise
+            raise fault from error
+
     def _buffer(self, entry: bytes) -> None:
         assert self._log is not None
         # so that nothing can fail between the commit in memory and the frame
@@ -192,3 +208,26 @@ class Journal:
             if event.revision <= revision:
                 return
             yield event
+
+
+def fault_of(tx: Tx) -> RmemError | None:
+    """Return the fault of the hook that wrote or told what is not plain, None if no hook did."""
+    for at, write in enumerate(tx.redo):
+        where, why = tx.hook_of(at, len(tx.events)), _not_plain(Record(0, "", (write,)))
+        if where and why:
+            table = write.table or getattr(write.args[0], "name", "")
+            key = f" under {write.args[0]!r}"[:KEY_MAX] if write.op == "set" else ""
+            return PLUGIN_NONSENSE(f"{where} wrote into {table}{key}: {why}", where=where)
+    for at, event in enumerate(tx.events):
+        where, why = tx.hook_of(len(tx.redo), at), _not_plain(Record(0, "", (), (event,)))
+        if where and why:
+            return PLUGIN_NONSENSE(f"{where} told {event[0]!r}: {why}", where=where)
+    return None
+
+
+def _not_plain(record: Record) -> str:
+    try:
+        encode_record(record)
+    except NOT_PLAIN as error:
+        return str(error)
+    return ""

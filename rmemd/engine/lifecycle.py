@@ -209,6 +209,8 @@ def _add(core: Core, number: int, slot: Slot) -> Steps[None]:
     with core.tx("add slot") as tx:
         if slot.restricted:
             file = _bindable(core, vm, slot)
+            # what goes on there began without these guest frames, and would leave them behind
+            core.ranges.require_idle("file", slot.file, slot.pgoff, slot.npages)
             _bind(core, tx, file, number, slot)
         else:
             made = memory.new_file(core, tx, vm, slot.npages, FLAG_ANONYMOUS)

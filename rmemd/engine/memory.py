@@ -72,7 +72,7 @@ def new_file(core: Core, tx: Tx, vm: Vm, size_pages: int, flags: int) -> Restric
 
 def fallocate(core: Core, number: int, mode: int, offset: int, length: int) -> Steps[int]:
     """Allocate or punch; return the pages that changed. Source: restrictedmem.md §2, fallocate."""
-    file = core.files.get(number)
+    file = restricted(core, number)
     start, npages = _fallocate_range(mode, offset, length)
     if mode & PUNCH_HOLE:
         return (yield from punch(core, number, start, npages))
@@ -201,12 +201,24 @@ def close_file(core: Core, number: int) -> Steps[int]:
     Raises:
         InvalidArgument: BAD_REQUEST; it is such memory.
     """
-    if core.files.get(number).info.flags & FLAG_ANONYMOUS:
+    restricted(core, number)
+    return (yield from close(core, number))
+
+
+def restricted(core: Core, number: int) -> RestrictedFile:
+    """Return a restricted file; the memory behind a slot has no private half.
+
+    Raises:
+        NotFound: NO_SUCH_FILE.
+        InvalidArgument: BAD_REQUEST; it is such memory.
+    """
+    file = core.files.get(number)
+    if file.info.flags & FLAG_ANONYMOUS:
         raise BAD_REQUEST(
-            f"file/{number} is the memory behind a slot: delete the slot", field="file",
+            f"file/{number} is the memory behind a slot, and goes with the slot", field="file",
             state="behind a slot", rule="Linux: such memory is no file of the VM's",
         )  # fmt: skip
-    return (yield from close(core, number))
+    return file
 
 
 def close(core: Core, number: int) -> Steps[int]:

@@ -135,7 +135,7 @@ def _move_batch(
     except GaveUp:
         return
     except RmemError as refusal:
-        if src.size > 1 and refusal.reason.kind is Kind.REFUSED:
+        if src.size > 1 and refusal.reason.kind in (Kind.REFUSED, Kind.EXHAUSTED):
             # one page's refusal is not its neighbours': find it by halves
             half = src.size // 2
             for part in (slice(0, half), slice(half, src.size)):

@@ -67,8 +67,8 @@ def write(
             _checked(core, tx, pfns, HostAccess(agent, write=True), bus)
             shared, rest = _split(core, pfns)
             contents, raw = core.controller.write_plan(pfns[rest], rows[rest], 0)
-            core.write_in_place(tx, contents, raw)
-        core.store_in_place(contents, raw)
+            before = core.write_in_place(tx, contents, raw)
+        core.store_in_place(contents, raw, before)
         _write_shared(core, pfns[shared], rows[shared])
 
     yield from core.unit(one)

@@ -10,7 +10,7 @@ import numpy as np
 from rmemd.engine import frames, userfault
 from rmemd.engine.core import Core, Steps
 from rmemd.engine.hostmap import require_granted, touch
-from rmemd.engine.memory import byte_range, settle
+from rmemd.engine.memory import byte_range, restricted, settle
 from rmemd.errors import BAD_REQUEST, NOT_HELD
 from rmemd.hooks.tx import Tx
 from rmemd.model.ledger import Entry
@@ -94,7 +94,7 @@ def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -
         Poisoned: HW_POISON.
         Exhausted: NO_FRAMES, QUOTA.
     """
-    start, npages = byte_range(core.files.get(number), offset, length)
+    start, npages = byte_range(restricted(core, number), offset, length)
 
     def one() -> Steps[I64]:
         yield from ()

@@ -22,6 +22,7 @@ from rmemd.errors import (
     NOT_PRIVATE,
     OP_NOT_IMPLEMENTED_BY_CONSUMER,
     PRE_FAULT_TOO_EARLY,
+    Kind,
     RmemError,
 )
 from rmemd.hooks.types import PageKind, Populated, Runs
@@ -29,6 +30,8 @@ from rmemd.model.vms import Slot, Vm
 from rmemd.units import MAX_GFN, PAGE_SIZE, Bools, bytes_to_pages, is_page_aligned, pages
 
 BATCH_PAGES = 512
+# what a page is refused for by itself, so that those before it are done
+ONE_PAGES = (Kind.POISON, Kind.EXHAUSTED)
 
 
 @dataclass
@@ -62,19 +65,24 @@ def populate(
             rule="DESIGN §5: the ops table",
         )
     rows = np.frombuffer(source, dtype=np.uint8).reshape(-1, PAGE_SIZE)
-    done = core.got_before()
+    done, size = core.got_before(), BATCH_PAGES
 
     def one() -> Steps[int]:
-        batch = rows[done : done + BATCH_PAGES]
+        batch = rows[done : done + size]
         return (yield from _populate_batch(core, number, first + done, batch, kind, measure))
 
     first = gpa // PAGE_SIZE
     while done < rows.shape[0]:
+        size = min(size, rows.shape[0] - done)
         try:
             done += yield from core.unit(one)
         except RmemError as refusal:
-            raise refusal.with_details(progress_pages=done) from refusal
-        core.got_to(done)
+            if size == 1 or refusal.reason.kind not in ONE_PAGES:
+                raise refusal.with_details(progress_pages=done) from refusal
+            # one page of them is refused: those before it are taken all the same
+            size //= 2
+        else:
+            core.got_to(done)
     return done
 
 

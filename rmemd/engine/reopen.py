@@ -129,7 +129,7 @@ def read(opened: Opened, space: Space, journal: Journal, notes: Notes) -> ReadBa
                 notes.restore(entry)
                 continue
             if entry.digests:
-                done.in_flight = [(*digest, _held(space, digest[0])) for digest in entry.digests]
+                done.in_flight = [(*digest, held(space, digest[0])) for digest in entry.digests]
             for write in entry.writes:
                 space.apply(write)
             journal.restore(entry)
@@ -137,7 +137,8 @@ def read(opened: Opened, space: Space, journal: Journal, notes: Notes) -> ReadBa
     return done
 
 
-def _held(space: Space, pfns: I64) -> dict[str, Any]:
+def held(space: Space, pfns: I64) -> dict[str, Any]:
+    """Return what frames hold, by table."""
     tables: Any = space.tables
     return {name: tables[name].get(pfns) for name in HELD}
 
@@ -216,16 +217,27 @@ def _take_shared_memfds(core: Core) -> list[str]:
 
 def _undo_in_flight(core: Core, done: ReadBack) -> int:
     """Have pages that the last write in place did not reach hold what they held before."""
-    undone = 0
+    label = "reopen: a write that was cut off"
+    return sum(undo_in_place(core, label, *in_flight) for in_flight in done.in_flight)
+
+
+def undo_in_place(core: Core, label: str, pfns: I64, sums: U64, before: dict[str, Any]) -> int:
+    """Have frames that a write in place did not reach hold what they held; return how many.
+
+    Args:
+        core: the engine's core.
+        label: of the transaction.
+        pfns: the frames that were to be written.
+        sums: of the bytes that were to be there.
+        before: what the frames held (``held``).
+    """
     tables: Any = core.space.tables
-    for pfns, sums, before in done.in_flight:
-        old = core.controller.sums(pfns) != sums
-        if old.any():
-            with core.tx("reopen: a write that was cut off") as tx:
-                for name, values in before.items():
-                    tx.put(tables[name], pfns[old], values[old])
-            undone += int(old.sum())
-    return undone
+    old = core.controller.sums(pfns) != sums
+    if old.any():
+        with core.tx(label) as tx:
+            for name, values in before.items():
+                tx.put(tables[name], pfns[old], values[old])
+    return int(old.sum())
 
 
 def _give_up(core: Core, missing: I64) -> list[str]:

@@ -6,6 +6,7 @@ before parents', and nothing of anybody else's changes (reliability.md §3, I14)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,19 @@ import numpy as np
 from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
 from rmemd.engine.core import Core, Step, Steps
 from rmemd.engine.listeners import Ended, Revoked
-from rmemd.errors import BAD_RANGE, BAD_REQUEST, FOLIO_BUSY, NO_SUCH_FILE, NO_SUCH_VM, SAFE_MODE
+from rmemd.errors import (
+    BAD_RANGE,
+    BAD_REQUEST,
+    FOLIO_BUSY,
+    NO_SUCH_FILE,
+    NO_SUCH_VM,
+    SAFE_MODE,
+    TOKEN_UNKNOWN,
+)
 from rmemd.model.sessions import DEVICE, GUEST, ROLES, GrantRange, SessionInfo
+
+# the kind of notes that are tickets not redeemed yet
+TICKETS = "tickets"
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,17 @@ def open_session(
     parent: int = 0,
     vm: int = 0,
     grants: tuple[GrantRange, ...] = (),
+    ticket: bytes = b"",
 ) -> Steps[SessionInfo]:
     """Open a session. ALL.
+
+    Args:
+        ticket: what the note of the ticket is known by that this uses up, in the same frame.
 
     Raises:
         InvalidArgument: BAD_REQUEST, BAD_RANGE; role, or a grant outside its file.
         NotFound: NO_SUCH_VM, NO_SUCH_FILE, NO_SUCH_SESSION; not there, or another tenant's.
+        Unauthenticated: TOKEN_UNKNOWN; another has used the ticket up.
         Exhausted: QUOTA.
         Unavailable: SAFE_MODE.
     """
@@ -60,13 +77,17 @@ def open_session(
         _check_grant(core, tenant, grant)
     if parent:
         core.sessions.alive(parent)
+    if ticket and core.notes.get(TICKETS, ticket) is None:
+        raise TOKEN_UNKNOWN("no such ticket", field="ticket", for_log="used up meanwhile")
     core.quotas.charge_session(core, tenant)
     with core.tx("open session") as tx:
         info = core.sessions.open(
             tx, tenant, role, door, pid=pid, parent=parent, vm=vm, grants=grants
         )
         tx.emit("session_opened", session=info.session, role=role, tenant=tenant)
-        return info
+    if ticket:
+        core.notes.drop(TICKETS, ticket)
+    return info
 
 
 def _check_grant(core: Core, tenant: str, grant: GrantRange) -> None:
@@ -143,17 +164,25 @@ def _refuse_pinned(
             raise core.waits.refused(refusal, pfn)
 
 
-def close_session(core: Core, number: int) -> Steps[Closed]:
+def close_session(
+    core: Core, number: int, check: Callable[[Core], None] = lambda core: None
+) -> Steps[Closed]:
     """End a session and those below it; release what they hold. ALL.
 
     The sessions are marked first, in one transaction, so that a call of theirs that is under way
-    can take nothing more; then vCPUs of their VMs are waited for.
+    can take nothing more; then vCPUs of their VMs are waited for. ``check`` may refuse it all.
 
     Raises:
         NotFound: NO_SUCH_SESSION.
     """
+    check(core)
     doomed = yield from core.unit(lambda: _mark(core, number))
-    return (yield from _release(core, doomed))
+    try:
+        return (yield from _release(core, doomed))
+    except Exception:
+        # a vendor would not let its VM go, or the system refused: it can be asked for again
+        yield from core.unit(lambda: _unmark(core, doomed))
+        raise
 
 
 def finish_closing(core: Core) -> Steps[Closed]:
@@ -169,12 +198,14 @@ def _release(core: Core, doomed: list[SessionInfo]) -> Steps[Closed]:
     released = {}
     for info in reversed(doomed):
         released[info.session] = yield from core.unit(partial(_let_go, core, info))
-    for vm in vms:
-        while any(running == vm for running, _ in core.running):
-            yield Step("vCPUs leave", wait=True)
-        if core.vms.exists(vm):
-            yield from lifecycle.destroy_vm(core, vm)
-        core.leaving.discard(vm)
+    try:
+        for vm in vms:
+            while any(running == vm for running, _ in core.running):
+                yield Step("vCPUs leave", wait=True)
+            if core.vms.exists(vm):
+                yield from lifecycle.destroy_vm(core, vm)
+    finally:
+        core.leaving.difference_update(vms)
     for file in [file.info for file in core.files.all() if file.info.owner.session in numbers]:
         yield from memory.close(core, file.file)
     # before anybody is told: who hears of the end finds the frames free
@@ -197,6 +228,15 @@ def _mark(core: Core, number: int) -> Steps[list[SessionInfo]]:
     doomed = [info for info in core.sessions.below(number) if not info.closing]
     with core.tx("close session") as tx:
         return [core.sessions.update(tx, info, closing=True) for info in doomed]
+
+
+def _unmark(core: Core, doomed: list[SessionInfo]) -> Steps[None]:
+    yield from ()
+    there = {info.session for info in core.sessions.all()}
+    with core.tx("session stays") as tx:
+        for info in doomed:
+            if info.session in there:
+                core.sessions.update(tx, info, closing=False)
 
 
 def _let_go(core: Core, info: SessionInfo) -> Steps[int]:

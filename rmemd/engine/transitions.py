@@ -1,9 +1,8 @@
 """What must hold from one committed transaction to the next: the invariants that no state shows.
 
-Owns ``Transition``, one commit with the state before it and the hooks that agreed to it, and the
-table of monitors, each of which looks at one and says in its docstring what must hold. They write
-nothing. What they see is what ``engine.monitors`` hands them; numbers are those of reliability.md
-§3.
+Owns the table of monitors, each of which looks at one ``Transition`` and says in its docstring what
+must hold. They write nothing. What they see is what ``engine.monitors`` hands them; numbers are
+those of reliability.md §3.
 """
 
 from __future__ import annotations
@@ -11,141 +10,25 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from rmemd.engine.bracket import held_by_others, pin_entries
+from rmemd.engine.commits import FILE_HALF, Transition, plain_sums
 from rmemd.engine.core import Core
 from rmemd.engine.pageinvariants import named
-from rmemd.engine.waits import Operation
-from rmemd.hooks.tables import Records, Space, Write
+from rmemd.hooks.tables import Records
 from rmemd.hooks.tx import COUNTERS, Tx
 from rmemd.hooks.types import Runs, Why
 from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import KEPT, POISON, Use
 from rmemd.model.vms import unpack
-from rmemd.store.controller import page_sums
-from rmemd.units import I64, U64, Bools, pages
+from rmemd.units import I64, Bools
 
-NOWHERE = np.empty(0, dtype=np.int64)
-# pages of one move whose bytes are compared
-MOVED_MAX = 64
-FILE_HALF = re.compile(r"file/(\d+)/(?:frames|shared)")
 OF_SESSION = re.compile(r"ledger/session (\d+)(?: pin \d+)?/")
 # the tables whose keys are handles -> the counter that they come from
 HANDLES = {"vms": "vm", "files": "file", "sessions": "session", "pins": "pin", "host/keys": "key"}
-LOOKED_UP, INSTALLED = "fault: look up", "fault: install"
-
-
-@dataclass(frozen=True)
-class Hook:
-    """A hook that agreed; ``after`` is how many writes of its transaction came before its answer.
-
-    ``sums`` are of what the first sources of a move held, as their owner reads them.
-    """
-
-    vm: int
-    op: str
-    args: tuple[Any, ...]
-    answer: Any
-    after: int
-    sums: U64 | None = None
-
-
-@dataclass
-class History:
-    """What is remembered from commit to commit.
-
-    Attributes:
-        revision: of the last one.
-        invalidations: by VM, how many were started.
-        sequences: by VM, the engine's invalidate sequence at the last commit that started one.
-        lookups: by operation, the VM and its invalidations when a fault looked its pages up.
-    """
-
-    revision: int
-    invalidations: Counter[int] = field(default_factory=Counter)
-    sequences: dict[int, int] = field(default_factory=dict)
-    lookups: dict[Operation, Counter[int]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Transition:
-    """One committed transaction: ``before`` is the state that it was committed on."""
-
-    core: Core
-    before: Space
-    tx: Tx
-    revision: int
-    hooks: tuple[Hook, ...]
-    history: History
-
-    @cached_property
-    def written(self) -> dict[str, list[tuple[int, Write]]]:
-        """Return the writes by table, each with its place in the transaction."""
-        found: dict[str, list[tuple[int, Write]]] = {}
-        for at, write in enumerate(self.tx.redo):
-            found.setdefault(write.table, []).append((at, write))
-        return found
-
-    def touched(self, name: str) -> I64:
-        """Return the entries of an array that were written, ascending."""
-        parts = [_indices(write) for _, write in self.written.get(name, ())]
-        return np.unique(np.concatenate(parts)) if parts else NOWHERE
-
-    def changed(self, name: str) -> tuple[I64, I64, I64]:
-        """Return the entries of an array that differ from before: which, old and new values."""
-        at = self.touched(name)
-        old, new = self.old(name, at), _values(self.core.space, name, at)
-        differ = old != new
-        return at[differ], old[differ], new[differ]
-
-    def old(self, name: str, at: I64) -> I64:
-        """Return what an array held before; zeros if there was none of the name."""
-        return _values(self.before, name, at)
-
-    def first_written(self, name: str, at: I64) -> I64:
-        """Return where in the transaction each entry was written first; past its end for never."""
-        places = np.full(at.size, len(self.tx.redo) + 1, dtype=np.int64)
-        for place, write in reversed(self.written.get(name, ())):
-            places[np.isin(at, _indices(write))] = place
-        return places
-
-    def of(self, op: str) -> Iterator[Hook]:
-        """Yield the calls of one hook, in order."""
-        return (hook for hook in self.hooks if hook.op == op)
-
-    @cached_property
-    def moves(self) -> list[tuple[int, I64, I64, I64]]:
-        """Return pages that have another frame than before: (file, pgoffs, old, new frames)."""
-        found = []
-        for name in self.written:
-            match = FILE_HALF.fullmatch(name)
-            if match and name in self.core.space.tables:
-                at, old, new = self.changed(name)
-                both = (old != 0) & (new != 0)
-                if both.any():
-                    found.append((int(match[1]), at[both], old[both] - 1, new[both] - 1))
-        return found
-
-
-def _indices(write: Write) -> I64:
-    if write.op == "put":
-        indices: I64 = np.asarray(write.args[0], dtype=np.int64)
-        return indices
-    start = write.args[0]
-    return pages(start, write.args[1] if write.op == "fill" else len(write.args[1]))
-
-
-def _values(space: Space, name: str, at: I64) -> I64:
-    table = space.tables.get(name)
-    if table is None:
-        return np.zeros(at.size, dtype=np.int64)
-    assert not isinstance(table, Records)
-    return np.asarray(table.get(at), dtype=np.int64)
+LOOKED_UP, INSTALLED, LOST = "fault: look up", "fault: install", "fault: lost race"
 
 
 # --- the monitors ----------------------------------------------------------------------------
@@ -244,6 +127,8 @@ def _raced(t: Transition) -> Iterator[str]:
         for vm in {int(name.split("/")[1]) for name in t.written if name.endswith("/mirror")}:
             if then[vm] != history.invalidations[vm]:
                 yield f"I8: a fault of vm/{vm} looked up before an invalidation was installed"
+    elif t.tx.label == LOST:
+        history.lookups.pop(mine, None)
 
 
 def one_owner(t: Transition) -> Iterator[str]:
@@ -259,18 +144,11 @@ def one_owner(t: Transition) -> Iterator[str]:
         # unless another page was moved here in the same transaction
         yield from named("I10", wrong & ~np.isin(src, dst), src, f"was moved from, still {name}'s")
     for hook in t.of("migrate_folio"):
-        src, dst = (frames[:MOVED_MAX] for frames in hook.args[1:3])
-        there = plain_sums(t.core, hook.vm, dst)
-        if hook.sums is not None:
-            # a frame that failed its integrity check is not moved, whatever it sums up to
-            wrong = (hook.sums != there) & (t.core.host.owner.get(dst) != 0)
-            yield from named("I10", wrong, src, "is not what its new frame holds")
-
-
-def plain_sums(core: Core, vm: int, pfns: I64) -> U64:
-    """Return sums of what a VM's owner of the key reads from frames."""
-    rows, _ = core.controller.read(pfns, core.host.vm_keys.get(vm, 0))
-    return page_sums(rows)
+        for copied in hook.copies:
+            # what was busy has stayed, and its new frame was handed back
+            moved = t.core.host.owner.get(copied.dst) != 0
+            wrong = moved & (copied.sums != plain_sums(t.core, copied.dst, copied.key))
+            yield from named("I10", wrong, copied.src, "is not what its new frame holds")
 
 
 def converted(t: Transition) -> Iterator[str]:

@@ -26,10 +26,11 @@ from rmemd.errors import (
     NOT_PAGE_ALIGNED,
     PAGE_PRESENT,
     PRIVATE_CONTENT,
+    Kind,
     RmemError,
 )
 from rmemd.hooks.tx import Tx
-from rmemd.model.files import PRIVATE, RestrictedFile
+from rmemd.model.files import FLAG_ANONYMOUS, PRIVATE, RestrictedFile
 from rmemd.model.userfaults import Registration
 from rmemd.store.memfd import Memfd
 from rmemd.units import I64, PAGE_SIZE, U8, Bools, bytes_to_pages, is_page_aligned, pages
@@ -129,27 +130,44 @@ def zeropage(core: Core, session: int, number: int, pgoff: int, npages: int) -> 
 def _fill(
     core: Core, session: int, number: int, pgoff: int, npages: int, rows: U8 | None
 ) -> Steps[int]:
+    _check_range(core.files.get(number), pgoff, npages)
+    done, size = core.got_before(), npages
+
     def one() -> Steps[tuple[int, RmemError | None]]:
-        file = core.files.get(number)
-        _check_range(file, pgoff, npages)
-        core.ranges.require_idle("file", number, pgoff, npages)
-        n, refusal = _holes_in_front(core, file, session, pgoff, npages)
+        file, at = core.files.get(number), pgoff + done
+        core.ranges.require_idle("file", number, at, size)
+        n, refusal = _holes_in_front(core, file, session, at, size)
         if n:
             with core.tx("userfault") as tx:
-                wanted = pages(pgoff, n)
+                wanted = pages(at, n)
                 pfns = frames.allocate(core, tx, file, wanted, private=False)
                 settle(core, tx, file, wanted, pfns)
                 if rows is not None:
-                    yield from _copy_in(core, tx, file, wanted, rows[:n])
+                    yield from _copy_in(core, tx, file, wanted, rows[done : done + n])
         return n, refusal
 
-    try:
-        n, refusal = yield from core.unit(one)
-    finally:
-        core.notes.drop(FILLING, (number, pgoff))
-    if refusal is not None:
-        raise refusal.with_details(progress_pages=n)
-    return n
+    while done < npages:
+        size, at = min(size, npages - done), pgoff + done
+        try:
+            n, refusal = yield from core.unit(one)
+            done += n
+            # in the frame of the record, which the note's end writes
+            core.got_to(done)
+        except RmemError as stopped:
+            size = _fewer(size, stopped, done)
+            continue
+        finally:
+            core.notes.drop(FILLING, (number, at))
+        if refusal is not None:
+            raise refusal.with_details(progress_pages=done)
+    return done
+
+
+def _fewer(size: int, refusal: RmemError, done: int) -> int:
+    """Return how many pages to try instead; what one page has no frame for is raised."""
+    if size == 1 or refusal.reason.kind is not Kind.EXHAUSTED:
+        raise refusal.with_details(progress_pages=done) from refusal
+    return size // 2
 
 
 def _copy_in(core: Core, tx: Tx, file: RestrictedFile, wanted: I64, rows: U8) -> Steps[None]:
@@ -237,12 +255,12 @@ def continue_(
         Exhausted: NO_FRAMES, QUOTA.
     """
     _check_range(core.files.get(number), pgoff, npages)
-    done = 0
+    done, size = 0, BATCH_PAGES
 
     def one() -> Steps[int]:
         yield from ()
         file = core.files.get(number)
-        wanted = pages(pgoff + done, min(BATCH_PAGES, npages - done))
+        wanted = pages(pgoff + done, size)
         core.ranges.require_idle("file", number, int(wanted[0]), wanted.size)
         covered = core.userfaults.covers(number, wanted, session or None)
         n = int(np.argmin(np.append(covered, False)))
@@ -252,16 +270,17 @@ def continue_(
         return n
 
     while done < npages:
+        size = min(size, npages - done)
         try:
             done += yield from core.unit(one)
         except RmemError as refusal:
-            raise refusal.with_details(progress_pages=done) from refusal
+            size = _fewer(size, refusal, done)
     return done
 
 
 def _provide(core: Core, file: RestrictedFile, wanted: I64, private: bool) -> None:
-    # in place the private half is the only one, as for fallocate
-    private = private or file.info.in_place
+    # in place the private half is the only one, as for fallocate; ordinary memory has none
+    private = file.info.in_place or (private and not file.info.flags & FLAG_ANONYMOUS)
     holes = wanted[file.half(private).get(wanted) == 0]
     if holes.size:
         with core.tx("userfault") as tx:

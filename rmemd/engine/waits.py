@@ -32,13 +32,15 @@ class Operation:
 
     Attributes:
         run: its name as a part of somebody's call (``engine.calls``), None if it is of none.
+        ended_at: the revision at which it ended, 0 before; what it freed may be scrubbed later.
     """
 
-    __slots__ = ("_made_by", "_who", "number", "run")
+    __slots__ = ("_made_by", "_who", "ended_at", "number", "run")
 
     def __init__(self, number: int, who: str, made_by: object) -> None:
         self.number = number
         self.run: Run | None = None
+        self.ended_at = 0
         self._who = who
         self._made_by = made_by
 

@@ -11,6 +11,7 @@ step has agreed.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -97,6 +98,17 @@ class Tx:
         self.in_place: list[tuple[I64, U64]] = []
         self._undo: list[Write] = []
         self._again: list[Write] = []
+        self._hooks: list[tuple[int, int, str]] = []
+
+    def hook(self, where: str) -> None:
+        """Know that a hook ("tdx-today(vm/1).map") is called now; what follows is its doing."""
+        self._hooks.append((len(self.redo), len(self.events), where))
+
+    def hook_of(self, writes: int, events: int) -> str:
+        """Return which hook was called last before so many writes and events, "" if none was."""
+        return next(
+            (where for w, e, where in reversed(self._hooks) if w <= writes and e <= events), ""
+        )
 
     # --- writes ------------------------------------------------------------------------------
     def fill(self, table: Dense | Sparse, start: int, n: int, value: int) -> None:
@@ -301,7 +313,9 @@ class HookTx:
         self._tx.name_bytes(ByteOp("scrub", pfns))
 
     def emit(self, kind: str, **fields: Any) -> None:
-        """Tell watchers, once the transaction commits."""
+        """Tell watchers, once the transaction commits; ``vm`` and ``file`` are handles."""
+        for handle in fields.keys() & {"vm", "file"}:
+            fields[handle] = operator.index(fields[handle])
         self._tx.emit(kind, **fields)
 
     def _own(self, name: str) -> None:

@@ -151,7 +151,7 @@ class _Run:
     def load(self, plugins: Iterable[EntryPoint], null: frozenset[str] | None) -> bool:
         """Load what is not installed; return whether the variant is there."""
         core = self.core
-        with core.tx("load plugins") as tx:
+        with core.locked(), core.tx("load plugins") as tx:
             core.registry.load(tx, NFRAMES, plugins)
         offer = core.registry.offers.get(self.variant)
         if offer is None:

@@ -41,10 +41,11 @@ def _offer(
 ) -> None:
     vm, platform = consumer.vm, consumer.platform
     tx = Tx(core.space, "probe")
-    try:
-        for name in [n for n in core.space.tables if n.startswith(f"vm/{vm}/{platform.name}/")]:
-            tx.destroy(name)
-        new = core.registry.make_of(tx, vm, platform, variant, config, importing=True)
-        new.call(tx, "import_state", state)
-    finally:
-        tx.rollback()
+    with core.locked():
+        try:
+            for name in [n for n in core.space.tables if n.startswith(f"vm/{vm}/{platform.name}/")]:
+                tx.destroy(name)
+            new = core.registry.make_of(tx, vm, platform, variant, config, importing=True)
+            new.call(tx, "import_state", state)
+        finally:
+            tx.rollback()

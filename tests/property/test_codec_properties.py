@@ -147,3 +147,13 @@ def test_the_content_of_records_keeps_their_order() -> None:
     space.apply(Write("", "create", (TableSpec("t", "records"),)))
     apply(space, [Write("t", "set", (key, str(key))) for key in (5, 1, 3)])
     assert rebuilt(space).records("t").items() == space.records("t").items()
+
+
+def test_equal_runs_that_lie_apart_stay_apart() -> None:
+    space = Space()
+    space.apply(Write("", "create", (TableSpec("t", "sparse"),)))
+    fills = [Write("t", "fill", (node * NODE, NODE, 1)) for node in (1, 2, 5)]
+    apply(space, fills)
+    content = [write.args for write in space.sparse("t").content()][1:]
+    assert content == [(NODE, 2 * NODE, 1), (5 * NODE, NODE, 1)]
+    assert same_state(rebuilt(space).snapshot(), space.snapshot()) == []

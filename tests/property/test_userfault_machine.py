@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rmemd.engine import hostmap, pins, populate, userfaultops, vcpu
+from rmemd.engine.cancel import never
 from rmemd.engine.core import Step, Steps
 from rmemd.engine.invariants import check
 from rmemd.engine.pendingfaults import FAULT
@@ -261,15 +262,15 @@ class UserfaultMachine(RuleBasedStateMachine):
             try:
                 while True:
                     one.at = one.steps.send(None)
-                    if one.at.tx is not None:
-                        self.core._move_bytes(one.at)
-                    elif one.at.work is not None:
-                        one.at.work()
-                    elif one.at.wait:
+                    if one.at.wait:
                         assert one.at.name == "userfault"
                         if not to_its_end:
                             return
                         one.at.cancelled = True
+                    elif not self.core.done_at_once(one.at, never):
+                        with self.core.away(one.at, self.core.waits.current):
+                            self.core.work(one.at)
+                        self.core.come_back(one.at)
             except PluginFault:
                 raise
             except (StopIteration, RmemError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, make_dataclass
-from enum import Enum, IntEnum
+from enum import Enum, Flag, IntEnum
 from types import ModuleType
 from typing import Any
 
@@ -129,9 +129,9 @@ def test_extremes_of_a_dtype_come_back() -> None:
 
 
 def test_not_a_number_and_both_zeros_come_back() -> None:
-    array = np.array([np.nan, 0.0, -0.0] * 10)
-    other = np.array([np.nan, -0.0, 0.0] * 10)
-    for one, found in zip((array, other), decode_value(encode_value([array, other])), strict=True):
+    zeros = np.array([0.0, -0.0] * 10)
+    given = [zeros, -zeros, np.array([np.nan, 0.0, -0.0] * 10), zeros]
+    for one, found in zip(given, decode_value(encode_value(given)), strict=True):
         assert one.tobytes() == found.tobytes()
 
 
@@ -280,6 +280,11 @@ class Thawed:
     name: str
 
 
+class Marks(Flag):
+    ONE = 1
+    TWO = 2
+
+
 class Text(str):
     __slots__ = ()
 
@@ -301,7 +306,7 @@ def local_dataclass() -> Any:
     "value",
     [object(), {1}, bytearray(b"a"), Thawed("a"), Text("a"), print, int, 1j, local_dataclass(),
      np.zeros((2, 2)), np.array(["a"]), np.array([object()]), np.datetime64("2020-01-01"),
-     Holding(object())],
+     Holding(object()), Marks.ONE | Marks.TWO],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_is_not_plain_is_refused_when_written(value: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fcntl import F_ADD_SEALS, F_GETFD, F_SEAL_GROW, FD_CLOEXEC, fcntl
@@ -280,6 +281,15 @@ def test_zeros_and_noise_after_the_end_are_no_frames(make_fds: Callable[..., Fds
         assert found is not None
         assert found.cut == len(tail)
         assert frames(found) == [b"state 1", b"state 2"]
+
+
+def test_a_frame_of_nothing_at_all_ends_the_log(make_fds: Callable[..., Fds]) -> None:
+    log = begun(make_fds())
+    whole = contents(log.fds)[1]
+    crc = zlib.crc32(bytes(4), log._pen.crc)
+    found = Log.read(make_fds(b"", whole + bytes(4) + crc.to_bytes(4, "little")))
+    assert found is not None
+    assert found.cut == 8
 
 
 def test_damage_in_the_only_checkpoint_is_said(make_fds: Callable[..., Fds]) -> None:
