@@ -34,6 +34,7 @@ from rmem.v1 import (
     host_pb2,
     job_pb2,
     session_pb2,
+    trace_pb2,
     types_pb2,
     vcpu_pb2,
     vm_pb2,
@@ -46,8 +47,8 @@ BIN = Path(sys.executable).parent
 DEBUGGABLE = ("--set", "daemon.debuggable=true")
 PATIENCE_SECONDS = 30.0
 MODULES = (
-    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, vcpu_pb2, vm_pb2,
-    watch_pb2,
+    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, trace_pb2, vcpu_pb2,
+    vm_pb2, watch_pb2,
 )  # fmt: skip
 METHODS: dict[str, MethodDescriptor] = {
     method.name: method
@@ -65,7 +66,11 @@ CHANNEL_OPTIONS = [
 
 
 class Daemon:
-    """A process that runs ``rmemd serve`` in ``directory/socket``; its log is kept beside it."""
+    """A process that runs ``rmemd serve`` in ``directory/socket``; its log is kept beside it.
+
+    It has no keeper unless ``--keeper`` is among the options, so that a killed one is gone. With a
+    keeper, ``process`` is that, and ``pid`` the daemon itself; ``kill`` ends both.
+    """
 
     def __init__(
         self, directory: Path, *options: str, env: Mapping[str, str] | None = None
@@ -74,6 +79,7 @@ class Daemon:
         self.socket_dir = directory / "socket"
         self.socket = self.socket_dir / "rmemd.sock"
         self.options = options
+        self.is_kept = "--keeper" in options
         self.env = {**os.environ, **(env or {})}
         self.ready_line = ""
         self._log_path = directory / "log"
@@ -88,7 +94,8 @@ class Daemon:
         command = [
             str(BIN / "rmemd"), "serve", "--config", os.devnull,
             "--socket-dir", str(self.socket_dir),
-            "--ready-fd", str(ready_of_daemon), *self.options,
+            "--ready-fd", str(ready_of_daemon), *([] if self.is_kept else ["--no-keeper"]),
+            *self.options,
         ]  # fmt: skip
         with self._log_path.open("ab") as log:
             self.process = subprocess.Popen(
@@ -132,10 +139,31 @@ class Daemon:
             self.close_clients()
 
     def kill(self) -> None:
-        """End the daemon by SIGKILL."""
-        self.process.kill()
+        """End the daemon by SIGKILL, and the keeper with it."""
+        if self.is_kept and self.process.poll() is None:
+            # a keeper that was asked to end starts nothing more, and has nothing left to end
+            self.process.terminate()
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+            for pid in children.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
+        else:
+            self.process.kill()
         self.process.wait(PATIENCE_SECONDS)
         self.close_clients()
+
+    @property
+    def pid(self) -> int:
+        """Return the process that serves, which a keeper may have started; it must serve."""
+        if not self.is_kept:
+            return self.process.pid
+        with Client(self.socket_dir) as client:
+            return client.host.get().daemon_pid
+
+    def kill_served(self) -> int:
+        """Kill the process that serves, as a crash would; return which it was."""
+        killed = self.pid
+        os.kill(killed, signal.SIGKILL)
+        return killed
 
     @property
     def log(self) -> str:

@@ -6,6 +6,7 @@ Each class is a platform; import the module with plugins/template on the path.
 from __future__ import annotations
 
 from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from rmemd.hooks import (
     AccessAnswer,
     Content,
     PageStates,
+    Populated,
     State,
     Variant,
     Why,
@@ -192,3 +194,99 @@ class ExportsItsOwnClass(_Mutant):
 
 class Mine(State):
     pass
+
+
+# --- what a kill leaves of them -----------------------------------------------------------------
+class PutsWhatIsNotPlain(_Mutant):
+    """It puts an object of its own into a record, which no journal can hold."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            tx.set(self.facts, "last", Memory(runs.total))
+            tx.put(self.entries, runs.gfns(), MAPPED)
+
+
+class TellsWhatIsNotPlain(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            tx.put(self.entries, runs.gfns(), MAPPED)
+            tx.emit("mapped", gfns=set(runs.gfns().tolist()))
+
+
+class ChangesARecordInPlace(_Mutant):
+    """It changes a list that lies in a record: no transaction knows of it."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            if "seen" not in self.facts:
+                tx.set(self.facts, "seen", [])
+            self.facts["seen"].append(runs.total)
+            tx.put(self.entries, runs.gfns(), MAPPED)
+
+
+class RemembersInAnObject(_Mutant):
+    """What it says of its pages lies in an object of its own, which goes with the process."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        @property
+        def memory(self) -> Any:
+            return self.__dict__.setdefault("kept", Memory(0))
+
+        @hookimpl
+        def map(self, tx: Any, runs: Any) -> None:
+            self.memory.pages |= set(runs.gfns().tolist())
+            tx.put(self.entries, runs.gfns(), MAPPED)
+
+        @hookimpl
+        def page_state(self, gfns: Any, pfns: Any) -> PageStates:
+            known = np.isin(gfns, list(self.memory.pages)).astype(np.uint8)
+            return PageStates(known, ("unknown", "known"))
+
+
+class BeginsAnewAtARestart(_Mutant):
+    """It has no swap, and so it believes that every object that is made is of a new VM."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        export_state = None
+        import_state = None
+
+    def launched(self, vm: Any, tx: Any, plain: bool) -> object:
+        guest = self.guest(vm, self.owners)
+        tx.set(guest.facts, "key", tx.new_key())
+        tx.use_key(guest.key)
+        return guest
+
+
+class FailsToResume(_Mutant):
+    class guest(TemplateGuest):  # noqa: N801
+        @hookimpl
+        def resume(self, read: Any) -> str:
+            raise RuntimeError("not implemented")
+
+
+class ForgetsWhatItMeasured(_Mutant):
+    """The hash of the pages runs in an object; a kill between populate and finalize loses it."""
+
+    class guest(TemplateGuest):  # noqa: N801
+        def __init__(self, vm: Any, owners: Any) -> None:
+            super().__init__(vm, owners)
+            self.measured = sha256()
+
+        @hookimpl
+        def populate(self, tx: Any, runs: Any, kinds: Any, measure: Any, source: Any) -> Populated:
+            tx.copy_in(runs.pfns(), self.key, source)
+            tx.put(self.owners, runs.pfns(), self.vm)
+            self.measured.update(source.tobytes())
+            return Populated(mapped=False)
+
+        @hookimpl
+        def finalize(self, tx: Any) -> bytes:
+            return self.measured.digest()
+
+
+class Memory:
+    def __init__(self, total: int) -> None:
+        self.total, self.pages = total, set[int]()

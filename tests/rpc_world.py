@@ -18,6 +18,7 @@ from rmem.v1 import (
     file_pb2,
     host_pb2,
     session_pb2,
+    trace_pb2,
     types_pb2,
     vcpu_pb2,
     vm_pb2,
@@ -81,6 +82,10 @@ class World:
             file=self.tdx.file, mode=1, offset_bytes=8 * PAGE, length_bytes=4 * PAGE
         )
         self.must("Fallocate", allocate)
+        # one that is over can be told of, exported, and followed by another
+        self.rpc.call("StopTrace")
+        self.must("StartTrace")
+        self.must("StopTrace")
         self.open_sessions()
 
     def open_sessions(self) -> None:
@@ -234,6 +239,7 @@ class World:
             "ListPins": lambda: file_pb2.ListPinsRequest(file=sw.file),
             "GetWaitGraph": lambda: host_pb2.GetWaitGraphRequest(),
             "CheckHost": lambda: host_pb2.CheckHostRequest(),
+            "Upgrade": lambda: host_pb2.UpgradeRequest(),
             "ListFaultPoints": lambda: host_pb2.ListFaultPointsRequest(),
             "ReadGuest": lambda: vcpu_pb2.ReadGuestRequest(
                 vm=sw.vm, gpa=0, length_bytes=16, private=False
@@ -252,6 +258,10 @@ class World:
             "RevokeGrants": lambda: session_pb2.RevokeGrantsRequest(
                 file=sw.file, length_bytes=PAGE
             ),
+            "StartTrace": lambda: trace_pb2.StartTraceRequest(limit_bytes=1 << 20),
+            "StopTrace": lambda: trace_pb2.StopTraceRequest(),
+            "GetTrace": lambda: trace_pb2.GetTraceRequest(),
+            "ExportTrace": lambda: trace_pb2.ExportTraceRequest(),
             "StartMigrate": lambda: self.valid("Migrate"),
             "StartCompact": lambda: host_pb2.CompactRequest(node=0),
             "StartOffline": lambda: host_pb2.OfflineRequest(pfns=some),

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmemd.engine.core import Core, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Steps
 from rmemd.engine.migrate import Outcome, Report, governed, migrate, migrate_to
 from rmemd.errors import BAD_NODE, BAD_RANGE, FOLIO_UNMOVABLE
 from rmemd.model import buddy

@@ -14,7 +14,8 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
-from rmemd.engine.core import Core, Step, Steps, decided, private_key
+from rmemd.engine.core import Core, private_key
+from rmemd.engine.driver import Step, Steps, decided
 from rmemd.engine.memory import mark_shared, restricted
 from rmemd.errors import (
     ATTRIBUTES_UNSUPPORTED,

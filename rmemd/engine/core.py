@@ -1,28 +1,23 @@
-"""The engine's core: the lock, transactions and steps.
+"""The engine's core: the state with its stores, and the transactions by which it changes.
 
-Owns ``Core``, which every operation is written against. An operation is a generator: it runs under
-the lock and yields a ``Step`` where the lock may be let go: to move bytes, to let others in, or to
-wait. ``Core.run`` drains one; a simulation could interleave several, and a test can hold one
-between two steps.
+Owns ``Core``, which every operation is written against; ``driver`` is how operations run.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
 from rmemd.engine import reopen
 from rmemd.engine.answered import Answered
-from rmemd.engine.calls import Calls, Run, looked_up, named
-from rmemd.engine.cancel import Cancelled, never
-from rmemd.engine.fairlock import FairLock
+from rmemd.engine.calls import Calls
+from rmemd.engine.driver import Driver, Step, Steps
 from rmemd.engine.faultrules import FaultRules
 from rmemd.engine.journal import Journal
 from rmemd.engine.listeners import Listeners
@@ -30,8 +25,7 @@ from rmemd.engine.notes import Notes
 from rmemd.engine.pendingfaults import PendingFaults
 from rmemd.engine.quotas import Quotas
 from rmemd.engine.ranges import Ranges
-from rmemd.engine.tracing import Tracer
-from rmemd.engine.waits import GaveUp, Operation, Retry, WaitFor, Waits
+from rmemd.engine.waits import GaveUp, Retry, Waits
 from rmemd.errors import NO_SUCH_VM
 from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Held, Tx
@@ -58,61 +52,6 @@ T = TypeVar("T")
 INLINE_PAGES = 8
 # the options that a log was written under
 FACTS = ("nframes", "nnodes", "seed", "binding_overlap_errno")
-
-
-@dataclass
-class Step:
-    """A place where the lock may be let go.
-
-    ``tx`` set: its byte operations (and ``work``, which answers with contents) are done without
-    the lock, with the transaction suspended. ``work`` alone: done without the lock. Neither: a
-    pause, named so that a test can hold the operation there. ``wait``: wait until something
-    changed; ``on`` tells the wait graph what for. An ``interruptible`` one says in ``cancelled``
-    that the caller has gone, instead of waiting on. A fault rule can delay it by its ``name``
-    (``faultrules.at_step``) and ``vm``, 0 where it is of none. The rest is what came of it:
-    ``delay_seconds`` of fault rules, and the ``contents`` that its work made of frames.
-    """
-
-    name: str
-    tx: Tx | None = None
-    work: Callable[[], list[Contents] | None] | None = None
-    wait: bool = False
-    on: WaitFor | None = None
-    interruptible: bool = False
-    cancelled: bool = False
-    vm: int = 0
-    delay_seconds: float = 0
-    contents: list[Contents] = field(default_factory=list)
-
-
-Steps = Generator[Step, None, T]
-
-
-@dataclass(frozen=True)
-class _Decided:
-    result: Any
-    then: Callable[[], Steps[None]]
-
-
-def decided(result: T, then: Callable[[], Steps[None]]) -> T:
-    """Return what an operation came to, with what is still to be destroyed on account of it.
-
-    Only an operation's own return can be this. The result is noted with the record that decides
-    it, before the destruction, which lets the lock go. A restart finds in the state what was not
-    destroyed (``reopen.settle``).
-    """
-    return cast("T", _Decided(result, then))
-
-
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """What ``Core.run`` was asked for; the attributes are its arguments."""
-
-    operation: Callable[[], Steps[T]]
-    who: str
-    made_by: object
-    cancelled: Callable[[], bool]
-    run: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +85,7 @@ class Options:
         return {name: getattr(self, name) for name in FACTS}
 
 
-class Core:
+class Core(Driver):
     """State, stores and the rules by which they are changed.
 
     Attributes:
@@ -155,24 +94,14 @@ class Core:
         read_only: why no caller may change anything, "" where they may.
         quotas: the limits of tenants.
         listeners: who is told of what happens to a session.
-        drive: runs an operation to its end, and returns its result; ``stepwise`` interleaves
-            several instead.
-        watch: told of every transaction, while somebody watches (``engine.monitors``).
         watched: who watched last, with what was found.
         parts: what ``engine.invariants`` checks beside its own, from those above the engine.
-        hold: told of each step between two transactions; a test holds operations there.
-        tracer: told of the operations while they are recorded or replayed.
-        breathe: called in a pause, without the lock; the daemon lets other threads in there.
-        pause: called with seconds where a fault rule delays a step, without the lock; nothing here
-            has a clock.
         scrubbed_frames: frames whose bytes were destroyed since the start; a measure, not state.
         waits: who waits for whom.
-        wakes: how often those who wait were told to look again; a measure, not state.
     """
 
     def __init__(self, options: Options, guard: Guard, keeping: Keeping) -> None:
-        self._lock = FairLock()
-        self._changed = threading.Condition(cast("threading.RLock", self._lock))
+        super().__init__()
         self.keeping = keeping
         self.space = Space()
         opened = reopen.open_log(options.life, options.facts, keeping, options.journalled)
@@ -184,24 +113,16 @@ class Core:
         self.answered = Answered()
         self.read_back = reopen.read(opened, self.space, self.journal, self.notes)
         self.waits = Waits(self.journal)
-        self.wakes = 0
         self.rules = FaultRules(options.seed)
         self.guard = guard
         self.consumers: dict[int, Consumer] = {}
         self.running: set[tuple[int, int]] = set()
-        self.draining = False
         self.read_only = ""
         self.leaving: set[int] = set()
         self.quotas = Quotas()
         self.listeners = Listeners()
-        self.drive: Callable[[Call[Any]], Any] = self.drain
-        self.watch: Monitors | None = None
         self.watched: Monitors | None = None
         self.parts: list[Part] = []
-        self.hold: Callable[[str], None] | None = None
-        self.tracer: Tracer | None = None
-        self.breathe: Callable[[], None] = lambda: None
-        self.pause: Callable[[float], None] = lambda seconds: None
         self.ranges = Ranges(self.waits, self.wake_waiting)
         self._scrub: list[I64] = []
         self.scrubbed_frames = 0
@@ -227,221 +148,6 @@ class Core:
         if tx.redo:
             self.journal.append(tx)
             self.journal.flush()
-
-    # --- running operations ------------------------------------------------------------------
-    def run(
-        self,
-        operation: Callable[[], Steps[T]],
-        who: str = "",
-        named_by: object = None,
-        cancelled: Callable[[], bool] = never,
-        repeatable: bool = False,
-    ) -> T:
-        """Run an operation to its end and return its result.
-
-        Args:
-            operation: makes its steps.
-            who: its name in the wait graph; default: "call N" and the method of the engine that
-                made ``named_by`` (default: ``operation``).
-            named_by: see ``who``.
-            cancelled: whether the caller has gone; a wait that can be interrupted then is. Unless
-                it is a ``Cancelled``, whoever makes it true must call ``wake``.
-            repeatable: whether a repeat of the call that it is made for just runs again, instead
-                of being told what it came to (``calls``).
-        """
-        run = None if repeatable else self.calls.next_run()
-        known = None if run is None else self.calls.known(run)
-        if known is not None:
-            result, self.answered.revision = known
-            return cast("T", looked_up(self, result))
-        return cast("T", self.drive(Call(operation, who, named_by or operation, cancelled, run)))
-
-    def drain(self, call: Call[T]) -> T:
-        """Run an operation to its end in the calling thread: what ``drive`` is by default."""
-        with self._changed:
-            before = self.waits.current
-            mine = self.waits.begin(call.who, call.made_by)
-            if self.tracer is not None:
-                self.tracer.begun(mine)
-            mine.run = call.run
-            steps = self.and_scrub(call.operation)
-            try:
-                step = next(steps)
-                while True:
-                    step = self._take(steps, step, mine, call.cancelled)
-            except StopIteration as end:
-                result: T = end.value
-                return result
-            finally:
-                steps.close()
-                if self.tracer is not None:
-                    self.tracer.ended(mine)
-                self.waits.end(mine, before)
-                self.wake_waiting()
-                self.answered.revision = mine.ended_at
-                self.journal.settle()
-
-    def and_scrub(self, operation: Callable[[], Steps[T]]) -> Steps[T]:
-        """Run an operation, then give back what it freed, even if it was refused in the end.
-
-        What it came to is noted first, so that this goes with its last record.
-        """
-        before = self.journal.revision
-        try:
-            result = yield from operation()
-        except Exception:
-            self.waits.current.ended_at = self.journal.revision
-            yield from self.scrub()
-            raise
-        self.waits.current.ended_at = self.journal.revision
-        then = None
-        if isinstance(result, _Decided):
-            result, then = result.result, result.then
-        run = self.waits.current.run
-        if run is not None and self.journal.revision != before:
-            self.calls.came_to(run, named(result), self.journal.revision)
-        if then is not None:
-            yield from then()
-        yield from self.scrub()
-        return result
-
-    def got_before(self) -> int:
-        """Return how far the present run got when it was made before, 0 if it was not."""
-        run = self.waits.current.run
-        return 0 if run is None else self.calls.got_before(run)
-
-    def got_to(self, done: int) -> None:
-        """Note how far the present run has got, in the frame of its last record."""
-        run = self.waits.current.run
-        if run is not None:
-            self.calls.got_to(run, done)
-
-    def read(self, query: Callable[[], T]) -> tuple[int, T]:
-        """Run a query under the lock; return the revision it saw, and its result."""
-        with self._changed:
-            revision = self.answered.revision = self.journal.revision
-            return revision, query()
-
-    def wait_for_revision(self, revision: int, timeout: float) -> int:
-        """Wait until the revision is past ``revision``; return the present one."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self.journal.revision > revision or self.draining, timeout
-            )
-            return self.journal.revision
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the lock, for who advances an operation step by step."""
-        with self._changed:
-            yield
-
-    def wake(self) -> None:
-        """Have everybody who waits look again."""
-        with self._changed:
-            self.wake_waiting()
-
-    def is_locked(self) -> bool:
-        """Return whether the calling thread holds the lock, as it does in a step."""
-        return self._lock.is_owned()
-
-    def wake_waiting(self) -> None:
-        """Have everybody who waits look again, from within an operation."""
-        self.wakes += 1
-        self._changed.notify_all()
-
-    def _take(
-        self, steps: Steps[T], step: Step, mine: Operation, cancelled: Callable[[], bool]
-    ) -> Step:
-        try:
-            if not self.done_at_once(step, cancelled):
-                with self.away(step, mine):
-                    if step.wait:
-                        self._changed.wait()
-                    else:
-                        with self._unlocked():
-                            self.work(step)
-                self.come_back(step)
-        except Exception as error:
-            self.waits.current = mine
-            return steps.throw(error)
-        # others ran while the lock was let go
-        self.waits.current = mine
-        return steps.send(None)
-
-    def done_at_once(self, step: Step, cancelled: Callable[[], bool]) -> bool:
-        """Do a step that does not let the lock go: few bytes, or a wait whose caller has gone."""
-        if step.wait:
-            step.cancelled = step.interruptible and self._has_gone(cancelled)
-            return step.cancelled
-        step.delay_seconds = self.rules.delay(step.vm, step.name)
-        tx = step.tx
-        if tx is None or step.work is not None or self.hold is not None or step.delay_seconds:
-            return False
-        if sum(op.pfns.size for op in tx.byte_ops) > self.options.inline_pages:
-            return False
-        self.controller.apply(tx, self._perform(tx))
-        return True
-
-    @contextmanager
-    def away(self, step: Step, mine: Operation) -> Iterator[None]:
-        """Have others meet an operation as they do while its step lets the lock go."""
-        self.journal.flush()
-        try:
-            if step.wait:
-                with self.waits.waiting(mine, step.on or WaitFor("", step.name)):
-                    yield
-            elif step.tx is None:
-                yield
-            else:
-                step.tx.suspend()
-                with self.waits.holding(step.tx):
-                    yield
-        finally:
-            if self.tracer is not None:
-                self.tracer.resumed(mine, step)
-
-    def work(self, step: Step) -> None:
-        """Do a step's own work, for which the lock is not needed."""
-        if self.hold is not None:
-            self.hold(step.name)
-        if step.delay_seconds:
-            self.pause(step.delay_seconds)
-        if step.tx is not None:
-            step.contents += self._perform(step.tx)
-        if step.work is not None:
-            step.contents += step.work() or []
-        elif step.tx is None:
-            self.breathe()
-
-    def come_back(self, step: Step) -> None:
-        """Go on after a step, under the lock: what its transaction did counts again."""
-        if step.tx is not None:
-            step.tx.resume()
-            self.controller.apply(step.tx, step.contents)
-
-    def _has_gone(self, cancelled: Callable[[], bool]) -> bool:
-        # subscribed before asked, so that a caller who goes in between is not missed
-        if isinstance(cancelled, Cancelled):
-            cancelled.wake(self.wake)
-        return cancelled()
-
-    def _perform(self, tx: Tx) -> list[Contents]:
-        """Do the byte work that a transaction has named and that is not done yet."""
-        if self.watch is not None:
-            self.watch.moving(tx)
-        contents = self.controller.perform(tx.byte_ops)
-        tx.byte_ops.clear()
-        return contents
-
-    @contextmanager
-    def _unlocked(self) -> Iterator[None]:
-        self.wake_waiting()
-        self._changed.release()
-        try:
-            yield
-        finally:
-            self._changed.acquire()
 
     # --- transactions ------------------------------------------------------------------------
     @contextmanager

@@ -37,7 +37,8 @@ from rmemd.engine import (
 from rmemd.engine.cancel import never
 from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
-from rmemd.engine.core import Core, Options, Steps
+from rmemd.engine.core import Core, Options
+from rmemd.engine.driver import Steps
 from rmemd.engine.faultrules import Rule
 from rmemd.engine.invariants import Checked, Invariant
 from rmemd.engine.migrate import Report, migrate
@@ -114,7 +115,7 @@ class Engine:
             if run is not None:
                 core.calls.came_to(run, result, core.answered.revision)
             core.journal.flush()
-            return cast("T", result)
+            return result
 
     def drain(self) -> None:
         """Have running vCPUs exit and watches end."""

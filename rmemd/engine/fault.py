@@ -13,7 +13,8 @@ import numpy as np
 
 from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.faultrules import at_step
 from rmemd.errors import FILE_GONE, MEMLOCK, MEMORY_FAULT, Busy, RmemError
 from rmemd.hooks.tx import Tx

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rmemd.engine.convert import convert_by_guest, discard
-from rmemd.engine.core import Core, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Steps
 from rmemd.engine.fault import Stale
 from rmemd.engine.guestmemory import (
     CHUNK_PAGES,

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.guestcall import take_exception
 from rmemd.engine.guestmemory import EIO, FAULTS_MAX, Done, Span, Stop, load, reach, store
 from rmemd.engine.vcpu import enter, leave, on_vcpu

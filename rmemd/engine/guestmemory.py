@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 
 from rmemd.engine import userfault
-from rmemd.engine.core import Core, Steps, kill, private_key
+from rmemd.engine.core import Core, kill, private_key
+from rmemd.engine.driver import Steps
 from rmemd.engine.fault import Stale, is_private
 from rmemd.engine.physical import judge_error
 from rmemd.engine.populate import ONE_PAGES, fault_in

@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from rmemd.engine import frames, userfault
-from rmemd.engine.core import Core, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Steps
 from rmemd.engine.memory import settle
 from rmemd.errors import (
     BAD_RANGE,

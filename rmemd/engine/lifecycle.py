@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from rmemd.engine import frames, memory
 from rmemd.engine.bracket import View, invalidating
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.errors import (
     BAD_REQUEST,
     BINDING_FOREIGN,

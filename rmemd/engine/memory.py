@@ -10,7 +10,8 @@ from functools import partial
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import invalidating, views_of, views_of_half
-from rmemd.engine.core import Core, Step, Steps, decided
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps, decided
 from rmemd.errors import (
     BAD_NODE,
     BAD_RANGE,

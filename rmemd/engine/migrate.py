@@ -16,7 +16,8 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import held_by_others, in_progress, views_of
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.waits import GaveUp
 from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, NO_FRAMES, Kind, RmemError
 from rmemd.hooks.tx import Tx

@@ -13,7 +13,8 @@ import numpy as np
 
 from rmemd.engine.bracket import invalidating, views_of_half
 from rmemd.engine.compact import frame_range
-from rmemd.engine.core import Core, Steps, kill
+from rmemd.engine.core import Core, kill
+from rmemd.engine.driver import Steps
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, FRAME_NOT_OWNED, HOST_ACCESS_FAULT, HW_POISON
 from rmemd.hooks.tx import ByteOp, Tx
 from rmemd.hooks.types import HOST_VIEWS, Agent, HostAccess, HostAnswer, HostView, Runs, Why

@@ -14,7 +14,8 @@ from importlib.metadata import EntryPoint
 
 from rmemd.consumers import discovery
 from rmemd.consumers.registry import Found, Staged, as_found, one_line, require_offer
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.swap import Swapped, flip, require_quiet, succeed
 from rmemd.engine.waits import Retry, WaitFor
 from rmemd.errors import (

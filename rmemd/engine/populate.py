@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from rmemd.engine import frames
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.fault import Stale, Trace, Wanted, fault, file_of, is_private, map_now, unmapped
 from rmemd.errors import (
     BAD_RANGE,

@@ -31,7 +31,8 @@ from rmemd.store.log import Log
 from rmemd.units import I64, PAGE_SIZE, U8, U64, pages
 
 if TYPE_CHECKING:
-    from rmemd.engine.core import Core, Steps
+    from rmemd.engine.core import Core
+    from rmemd.engine.driver import Steps
 
 # notes of the files that have a shared memfd: one that is not found after a restart is lost
 SHARED_MEMFDS = "shared memfds"

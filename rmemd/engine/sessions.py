@@ -13,7 +13,8 @@ from functools import partial
 import numpy as np
 
 from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.listeners import Ended, Revoked
 from rmemd.errors import (
     BAD_RANGE,

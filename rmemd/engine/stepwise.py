@@ -12,7 +12,8 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
-from rmemd.engine.core import Call, Core, Step
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Call, Step
 
 if TYPE_CHECKING:
     from rmemd.engine.engine import Engine

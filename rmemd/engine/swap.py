@@ -18,7 +18,8 @@ from rmemd.consumers.guard import Consumer, Platform
 from rmemd.consumers.registry import Offer
 from rmemd.engine import frames
 from rmemd.engine.bracket import pin_entries, pin_entry
-from rmemd.engine.core import Core, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Steps
 from rmemd.engine.fault import charge_memlock
 from rmemd.engine.migrate import governed
 from rmemd.engine.swaprules import files_of, needed, strays

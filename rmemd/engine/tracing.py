@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from rmemd.engine.core import Step
+    from rmemd.engine.driver import Step
     from rmemd.engine.waits import Operation
     from rmemd.hooks.tx import Tx
     from rmemd.store.memfd import Memfd

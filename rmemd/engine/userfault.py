@@ -14,7 +14,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.pendingfaults import NO_PAGES, Missing
 from rmemd.engine.waits import WaitFor, pages_text
 from rmemd.errors import INTERRUPTED, RmemError

@@ -16,7 +16,8 @@ import numpy as np
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import in_progress
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.faultrules import at_step
 from rmemd.engine.memory import BATCH_PAGES, settle
 from rmemd.engine.reopen import FILLING

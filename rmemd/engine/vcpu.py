@@ -13,7 +13,8 @@ from enum import IntEnum
 from functools import partial
 from typing import TypeVar
 
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.guestcall import make_call, take_exception
 from rmemd.engine.guestmemory import Stop, access
 from rmemd.engine.programme import ACCESSES, CALLS, Instruction, Opcode, check

@@ -435,7 +435,6 @@ def test_pages_named_over_and_over_are_not_counted_out(world: World) -> None:
 def test_a_full_host(daemon: Daemon) -> None:
     client = daemon.client()
     world = World(daemon.rpc())
-    # pages are allocated in groups of 256 MiB, so one call is all or nothing here
     vm = client.vms.create("null")
     file = client.files.create(vm, 1 << 30)
     client.vms.set_memory_region(vm, 0, gpa=0, size_bytes=1 << 30, file=file)
@@ -449,10 +448,15 @@ def test_a_full_host(daemon: Daemon) -> None:
     )
     prefault = vm_pb2.PreFaultRequest(vm=vm, gpa=1 << 29, size_bytes=PAGE)
     write = file_pb2.WriteSharedRequest(file=file, data=b"x" * 3 * PAGE)
-    for name, request in (("Fallocate", allocate), ("WriteShared", write)):
-        answer = refused(world, name, request)
-        assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED, name
-        assert (answer.reason, answer.refusal.errno) == ("NO_FRAMES", errno.ENOMEM), name
+    answer = refused(world, "WriteShared", write)
+    assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (answer.reason, answer.refusal.errno) == ("NO_FRAMES", errno.ENOMEM)
+    # an allocation keeps the pages before the one that it was refused
+    answer = world.rpc.call("Fallocate", allocate, metadata=world.sent_with("Fallocate"))
+    assert (answer.ok, answer.reason) == (False, "NO_FRAMES")
+    assert (answer.refusal.errno, answer.refusal.progress_pages) == (errno.ENOMEM, 2)
+    assert client.host.get().free_pages == 0
+    assert client.files.punch(file, 1 << 29, 3 * PAGE) == 2
     # what fits still fits, and the others go on
     assert world.must("PreFault", prefault).done_pages == 1
     assert world.must("ReadShared", world.valid("ReadShared")).data.startswith(b"shared bytes")

@@ -16,7 +16,7 @@ from handlers import Handler, calls, result
 from helpers import Guest, MakeEngine, halted, make_guest, refusal, write
 
 from rmemd.engine import guestio
-from rmemd.engine.core import Steps
+from rmemd.engine.driver import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check as violations
 from rmemd.engine.programme import Opcode, Pattern

@@ -10,7 +10,7 @@ import pytest
 from guests import Guest
 
 from rmemd.engine import compact, memory, pins
-from rmemd.engine.core import Steps
+from rmemd.engine.driver import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.migrate import Outcome, Report
@@ -56,11 +56,12 @@ def test_an_operation_waits_for_bytes_on_their_way(engine: Engine, name: str) ->
         assert core.space.holders
         one = core.and_scrub(steps)
         waiting.append(one)
-        at = next(one)
-        while not at.wait:
-            if at.work is not None:
-                at.work()
-            at = one.send(None)
+        with core.locked():
+            at = next(one)
+            while not at.wait:
+                if at.work is not None:
+                    at.work()
+                at = one.send(None)
 
     core.hold = hold
     builder.populate(0, b"\x5a" * (16 * PAGE_SIZE))

@@ -15,6 +15,7 @@ from rmemd.engine.invariants import check
 from rmemd.engine.migrate import Outcome
 from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, RmemError
 from rmemd.model.host import Use
+from rmemd.model.sessions import Owner
 from rmemd.units import PAGE_SIZE
 
 STEPS = ("present", "lookup", "installed", "released")
@@ -172,3 +173,65 @@ def test_step_7_teardown_leaves_the_files_own_reference(engine: Engine, consumer
     assert _counts(engine, pfn) == (0, 0)
     assert engine.page(pfn)[1].use is Use.FREE
     assert check(engine.core) == []
+
+
+# --- one half, and every folio of a range: restrictedmem.md §2, flags and in-place conversion ----
+@pytest.mark.parametrize("how", ["punch", "poison"])
+@pytest.mark.parametrize("private", [False, True], ids=["shared", "private"])
+def test_what_happens_to_one_half_leaves_the_mapping_of_the_other(
+    engine: Engine, how: str, private: bool
+) -> None:
+    """The invalidate filter: a punch is of the private half, poison of the half it is found in."""
+    guest = Guest(engine, "sw-protected", npages=8, in_place=False)
+    guest.allocate(0)
+    if not private:
+        guest.convert(0, 1, private=False)
+    guest.fault(0)
+    mapped = int(guest.pfns(0)[0])
+    if how == "punch":
+        guest.punch(0)
+    else:
+        engine.poison(int(guest.frames(0)[0]))
+    assert guest.pfns(0)[0] == (-1 if private else mapped)
+    if not private and how == "poison":
+        engine.poison(mapped)
+        assert guest.pfns(0)[0] == -1
+    assert check(engine.core) == []
+
+
+def test_in_place_a_punch_unmaps_what_is_shared_too(engine: Engine) -> None:
+    guest = Guest(engine, "sw-protected", npages=8, in_place=True)
+    guest.convert(0, 1, private=False)
+    guest.fault(0)
+    guest.punch(0)
+    assert guest.pfns(0)[0] == -1
+
+
+def test_in_place_every_folio_of_the_range_must_be_unreferenced(engine: Engine) -> None:
+    """In-place conversion, 4: also those that are private already; the first in the way is told."""
+    guest = Guest(engine, "sw-protected", npages=8, in_place=True)
+    owner = Owner("uid:1000", engine.open_session("uid:1000", "host", "socket").session)
+    pfns = engine.get_pages(guest.file, 2 * PAGE_SIZE, PAGE_SIZE, owner)
+    guest.convert(0, 1, private=False)
+    with pytest.raises(RmemError) as caught:
+        guest.convert(0, 4, private=True)
+    assert (caught.value.reason, caught.value.errno) == (FOLIO_BUSY, 11)
+    assert caught.value.details.error_offset == 2 * PAGE_SIZE
+    assert caught.value.details.state == "private"
+    # nothing to convert is nothing to check, and to shared nobody asks
+    guest.convert(1, 4, private=True)
+    guest.convert(1, 4, private=False)
+    guest.convert(2, 1, private=False)
+    engine.put_pages(pfns, owner)
+    guest.convert(0, 8, private=True)
+
+
+@pytest.mark.parametrize("consumer", ["tdx-2022"])
+def test_in_place_the_consumers_own_pin_is_nobody_elses_reference(
+    engine: Engine, consumer: str
+) -> None:
+    guest = Guest(engine, consumer, npages=8, in_place=True)
+    guest.fault(1)
+    assert _counts(engine, int(guest.pfns(1)[0])) == (2, 0)
+    guest.convert(0, 1, private=False)
+    guest.convert(0, 2, private=True)

@@ -108,10 +108,14 @@ def test_a_ticket_ends_with_its_makers_session(daemon: Daemon) -> None:
         Session.open(daemon.socket_dir, ticket=ticket)
 
 
-def test_nobody_answers(daemon: Daemon, host: Session) -> None:
+@pytest.mark.parametrize("reconnect_s", [0.0, 0.1])
+def test_nobody_answers(daemon: Daemon, reconnect_s: float) -> None:
+    host = Session.open(daemon.socket_dir, reconnect_s=reconnect_s)
     daemon.stop()
-    with pytest.raises(DaemonUnreachable):
-        host.unpin(1)
+    for _ in range(2):
+        with pytest.raises(DaemonUnreachable):
+            host.unpin(1)
+    host.close()
     with pytest.raises(DaemonUnreachable):
         Session.open(daemon.socket_dir)
 

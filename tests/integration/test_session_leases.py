@@ -208,13 +208,15 @@ def test_a_descriptor_gives_no_more_than_it_is(shared: Daemon, clients: Clients)
 # --- what leaves the daemon ----------------------------------------------------------------------
 def test_only_a_sealed_memfd_leaves(engine: Engine, tmp_path: Path) -> None:
     """I23: the arena, a file, a socket, or a memfd of another mode or fewer seals stay."""
-    memfd = Memfd("test", 1)
+    memfd = Memfd("rmemd-file-1", 1)
     require_sealed(memfd.fd)
     unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.fchmod(unsealed, 0o600)
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plain = os.open(tmp_path / "plain", os.O_CREAT | os.O_RDWR, 0o600)
-    for fd in (unsealed, plain, one.fileno()):
+    # sealed like a shared half, and not one
+    arena = engine.core.controller.arena_fd
+    for fd in (arena, unsealed, plain, one.fileno()):
         with pytest.raises(AssertionError, match="must not leave"):
             send(one, b"x", fd)
     os.fchmod(memfd.fd, 0o644)

@@ -18,7 +18,7 @@ import pytest
 from guests import Guest, consumers, make_engine
 
 from rmemd.engine import swap
-from rmemd.engine.core import Step
+from rmemd.engine.driver import Step
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.programme import Instruction, Opcode, Pattern
@@ -53,7 +53,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.syspath_prepend(TEMPLATE)
     engine = make_engine()
     core = engine.core
-    with core.tx("load") as tx:
+    with core.locked(), core.tx("load") as tx:
         point = EntryPoint("swappable", "swappable:Platform", ENTRY_POINTS)
         (found,) = core.registry.load(tx, core.options.nframes, [point])
     assert not found.error

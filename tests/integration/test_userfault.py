@@ -19,7 +19,8 @@ from helpers import Guest, MakeEngine, check, file_of, halted, make_guest, refus
 
 from rmemd.engine import memory, userfaultops
 from rmemd.engine.cancel import Cancelled
-from rmemd.engine.core import Steps, kill
+from rmemd.engine.core import kill
+from rmemd.engine.driver import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check as violations
 from rmemd.engine.pendingfaults import FAULT, REMOVED, Message, Missing

@@ -9,8 +9,10 @@ commit r at 2r and the time between commits r and r + 1 at 2r + 1: each call the
 position on that axis, which never decreases with time, since all calls take effect under one lock.
 What is known of it (``span``):
 
-- a query is answered with the very revision it saw: it is at 2r + 1, alone;
-- any other reply carries the revision when it was written: the call is not after it;
+- a reply carries the revision at which its call ended, taken under the lock: the call is not after
+  it;
+- a query is answered with the very revision it saw: it is at 2r + 1;
+- a call of one commit is answered with that: it is at 2r;
 - a call is not before ``floor``, the highest revision that any reply had carried before the call
   was made, whoever got it: the journal had come so far already;
 - a call that did commit is at an even position, so after ``floor``'s state and not after 2r.
@@ -46,7 +48,7 @@ class Operation:
             answered, ``OPEN`` if it was not: it may have taken effect, may yet, or never will.
         result: what was answered.
         revision: what the reply carried, None if there was none.
-        exact: whether that is the state's that was looked at.
+        exact: whether that is the state's that was looked at, or the very commit that it made.
         commits: whether the reply says that it changed the journal's state.
         floor: the highest revision in a reply that came before ``invoked``.
         door: "grpc" or "session".
@@ -70,9 +72,8 @@ class Operation:
         first = 2 * self.floor + 1
         if self.revision is None:
             return first, OPEN
-        if self.exact:
-            return max(first, 2 * self.revision + 1), 2 * self.revision + 1
-        return first + self.commits, 2 * self.revision + 1 - self.commits
+        last = 2 * self.revision + 1 - self.commits
+        return max(first + self.commits, last) if self.exact else first + self.commits, last
 
 
 @dataclass(frozen=True)

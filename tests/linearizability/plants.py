@@ -114,7 +114,7 @@ def _shown(kind: str, calls: list[Operation]) -> Iterator[Shown]:
     for op in order:
         states.append(apply(states[-1], op)[0])
     for at, query in enumerate(order):
-        if not query.exact:
+        if query.call not in QUERIES or not query.exact:
             continue
         answers = [apply(state, query)[1] for state in states[: at + 1]]
         for i, (earlier, later) in enumerate(pairwise(answers)):

@@ -146,8 +146,9 @@ class Recorder:
         assert made.ok, made
         returned, reply = time.monotonic_ns(), made.reply
         return reply.vm, Operation(
-            MAKER, "create", (), invoked, returned, DONE, reply.revision, commits=True, door="grpc"
-        )
+            MAKER, "create", (), invoked, returned, DONE, reply.revision, exact=True, commits=True,
+            door="grpc",
+        )  # fmt: skip
 
     def _remove(self, targets: tuple[Target, ...]) -> None:
         # what a history has removed already is refused

@@ -82,6 +82,18 @@ def test_a_revision_tells_what_overlapping_times_do_not() -> None:
     assert holds(replace(done, floor=5), early) is False
 
 
+def test_a_commit_that_carries_its_own_revision_is_where_it_says() -> None:
+    done = write(1, 0, 10, revision=7, commits=True, exact=True)
+    before, after = (read(0, 0, 10, revision=6, exact=True), read(1, 0, 10, revision=7, exact=True))
+    assert holds(done, before, after)
+    # it was commit 7, so the state after commit 6 cannot have it
+    early = read(1, 0, 10, revision=6, exact=True)
+    assert holds(replace(done, exact=False), early)
+    assert holds(done, early) is False
+    # and one that had told of commit 7 came before it
+    assert holds(replace(done, floor=7)) is False
+
+
 def test_queries_are_in_the_order_of_their_revisions() -> None:
     both = (write(1, 0, 10), read(1, 0, 10, revision=3, exact=True))
     assert holds(*both, read(0, 0, 10, revision=2, exact=True))
@@ -128,7 +140,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
         invoked, length = draw(st.integers(0, 8)), draw(st.integers(1, 8))
         call = draw(st.sampled_from(("write", "read", "add")))
         value = draw(st.integers(0, 2))
-        exact = call == "read" and draw(st.booleans())
+        exact = draw(st.booleans())
         revision = draw(st.none() | st.integers(1, 4))
         returned = OPEN if revision is None and draw(st.booleans()) else 2 * (invoked + length) + 1
         result = "done" if call == "write" else draw(st.integers(0, 3))

@@ -30,7 +30,7 @@ KEEP_SIZE, PUNCH = 1, 3
 GRPC, SESSION = "grpc", "session"
 # calls that either door has; the others are gRPC's alone
 BOTH_DOORS = {"read", "write", "pin", "unpin", "convert", "set"}
-# what is answered with the very revision that it looked at
+# queries, which are answered with the very revision that they looked at
 EXACT = {"stat", "pins", "get", "look"}
 WEIGHTS = {
     "halves": {"allocate": 3, "punch": 3, "read": 3, "write": 4, "stat": 4},
@@ -126,10 +126,12 @@ class Worker:
         returned = time.monotonic_ns() if revision else OPEN
         if call == "unpin":
             del self._pins[target.number][args[0]]
-        exact = bool(revision) and call in EXACT and not isinstance(result, Refused)
+        looked = call in EXACT and not isinstance(result, Refused)
+        # each of these calls is one commit at most, and is answered with that
+        commits = has_committed(call, result)
         return Operation(
-            self._client, call, args, invoked, returned, result, revision or None, exact,
-            has_committed(call, result), door=door,
+            self._client, call, args, invoked, returned, result, revision or None,
+            bool(revision) and (looked or commits), commits, door=door,
         )  # fmt: skip
 
     # --- the session socket --------------------------------------------------------------------

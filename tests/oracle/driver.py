@@ -1,7 +1,8 @@
-"""The operations that are made on an engine and on the specification.
+"""Operations at random, made on an engine and on the specification.
 
-An operation is a tuple of a name and small numbers that are read modulo what there is, so that a
-list of them means something after any of it was taken out.
+An operation here is a tuple of a name and small numbers that are read modulo what there is, so
+that a list of them means something after any of it was taken out. Each becomes one or more
+operations of the oracle, which name what there is.
 """
 
 from __future__ import annotations
@@ -9,113 +10,155 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import numpy as np
+from rmemd.consumers.guard import Guard
+from rmemd.engine.core import Options
+from rmemd.engine.engine import Engine
 
-from rmemd.engine.migrate import Outcome
-from rmemd.engine.programme import Instruction, Opcode
-from rmemd.engine.vcpu import Exit
-from rmemd.model.host import Use
-from rmemd.model.sessions import Owner
-from rmemd.units import PAGE_SIZE
+from .hands import perform
+from .kinds import KINDS
+from .objects import PAGE, File, Vm
+from .oracle import Op, Oracle, Outcome
 
-from .objects import File, Frame, Traits, Vm
-from .pair import (
-    BASE,
-    DEVICE,
-    FILE_PAGES,
-    FILES_MAX,
-    GUEST_MEMFD,
-    INIT_SHARED,
-    MMAP,
-    TENANT,
-    VMS_MAX,
-    Op,
-    Pair,
-)
-
-# what is known of each consumer from outside: its personality, whether it can move and whether it
-# pins; nothing else of it is the generic layer's
-KINDS: dict[str, tuple[str, Traits]] = {
-    "gup": ("gup", Traits(private_memory=False)),
-    "sw-attributes": ("sw-protected", Traits(poisoned="lives")),
-    "sw-in-place": ("sw-protected", Traits(in_place=True, poisoned="lives")),
-    "null": ("null", Traits(poisoned="killed")),
-    "tdx-today": ("tdx-today", Traits()),
-    "tdx-2022": ("tdx-2022", Traits(pins=True)),
-    "tdx-relocate": ("tdx-relocate", Traits(movable=True)),
-    "relocate-in-place": ("tdx-relocate", Traits(in_place=True, movable=True)),
-    "tdx-2022-in-place": ("tdx-2022", Traits(in_place=True, pins=True)),
-}
+BASE = 0x100
+FILE_PAGES = 12
+NFRAMES = 512
+HOG_PAGES = 488
+MMAP = 1
+VMS_MAX, FILES_MAX, SESSIONS_MAX, HANDLERS_MAX = 5, 8, 3, 3
+# bytes are compared after so many operations, and at the end
+CONTENTS_EVERY = 32
+# a measured VM's consumers can follow each other
+KIN = ("tdx-today", "tdx-2022", "tdx-relocate", "sw-attributes", "null")
 
 
-class World(Pair):
-    """One engine beside one specification, and every operation on them as a method."""
+class DifferenceError(AssertionError):
+    """The engine and the specification disagree; the message says how, in words."""
+
+
+class World:
+    """One engine beside one oracle, and every operation on them as a method."""
+
+    def __init__(self, nframes: int = NFRAMES, nnodes: int = 1) -> None:
+        options = Options(nframes=nframes, nnodes=nnodes, seed=1, kept_records=64)
+        self.engine = Engine(options, Guard(lambda: 0.0))
+        self.oracle = Oracle(self.engine)
+        self.spec = self.oracle.spec
+        self.nframes = nframes
+        self.done = 0
+        # references that sessions took and have not put: (frame number, session)
+        self.got: list[tuple[int, int]] = []
+        # what came of what, so that a test can require that runs get everywhere
+        self.seen: Counter[tuple[str, str]] = Counter()
+
+    def close(self) -> None:
+        """Let the engine's memory go."""
+        self.engine.close()
 
     def step(self, op: Op) -> None:
         """Do one operation on both and compare all that can be seen."""
-        self.doing = op
         getattr(self, op[0])(*op[1:])
         self._bury()
-        self._compare()
+
+    def finish(self) -> None:
+        """Compare once more, bytes as well."""
+        self._require(self.oracle.compare(self.engine, contents=True))
+
+    def _do(self, *op: Any) -> Outcome:
+        expected = self.oracle.apply(op)
+        outcome = perform(self.engine, op)
+        self.seen[op[0], outcome.reason or "ok"] += 1
+        if expected.moves is not None and not outcome.errno:
+            moves = outcome.value if op[0] == "migrate" else outcome.value[0]
+            self.seen.update((op[0], move[2]) for move in moves)
+        self.done += 1
+        self._require(self.oracle.judge(op, expected, outcome))
+        self._require(self.oracle.compare(self.engine, self.done % CONTENTS_EVERY == 0))
+        return outcome
+
+    def _require(self, differences: list[Any]) -> None:
+        if differences:
+            raise DifferenceError("\n".join(map(str, differences[:3])))
+
+    def _bury(self) -> None:
+        """Destroy what died, as its VMM would."""
+        for vm in self._vms():
+            if vm.dead:
+                self._do("destroy_vm", vm.vm)
 
     # --- choosing ------------------------------------------------------------------------------
+    def _vms(self) -> list[Vm]:
+        return [vm for vm in self.spec.vms.values() if not vm.destroyed]
+
     def _vm(self, which: int) -> Vm | None:
-        return self.spec.vms[self.vms[which % len(self.vms)]] if self.vms else None
+        found = self._vms()
+        return found[which % len(found)] if found else None
+
+    def _files(self) -> list[File]:
+        """Return the open files, and the one that was closed last."""
+        every = list(self.spec.files.values())
+        closed = [file for file in every if not file.open]
+        return [file for file in every if file.open or file is closed[-1]]
 
     def _file(self, which: int) -> File | None:
-        return self.spec.files[self.files[which % len(self.files)]] if self.files else None
+        """Choose a file, or the memory behind an ordinary slot."""
+        found = self._files()
+        return found[which % len(found)] if found else None
 
-    # --- operations: objects -------------------------------------------------------------------
-    def create_vm(self, kind: str, whole: bool = True, npages: int = FILE_PAGES) -> None:
-        """Make a VM; ``whole`` with memory that is bound and begins at BASE."""
-        if len(self.vms) >= VMS_MAX:
+    def _session(self, which: int) -> int:
+        """Choose a session, 0 if there is none."""
+        found = sorted(self.spec.sessions)
+        return found[which % len(found)] if found else 0
+
+    # --- objects -------------------------------------------------------------------------------
+    def create_vm(
+        self, kind: str, whole: bool = True, npages: int = FILE_PAGES, session: int = -1
+    ) -> None:
+        """Make a VM, of a session or of nobody; ``whole`` with memory that begins at BASE."""
+        if len(self._vms()) >= VMS_MAX:
             return
-        consumer, traits = KINDS[kind]
-        in_place = traits.in_place if traits.private_memory else None
-        vm = self.engine.create_vm(consumer, in_place=in_place).info.vm
-        self.engine.create_vcpu(vm, 0)
-        if self.engine.core.consumers[vm].ops.finalize is not None:
-            self.engine.finalize(vm)
-        self.spec.create_vm(vm, traits)
-        self.vms.append(vm)
-        if whole and not traits.private_memory:
-            self.add_slot(-1, 0, 0, npages, -1, 0)
+        owner = self._session(session) if session >= 0 else 0
+        vm = self._do("create_vm", kind, owner).value
+        traits = KINDS[kind]
+        if whole and traits.private_memory:
+            file = self._do("create_file", vm, npages, MMAP).value
+            self._do("add_slot", vm, 0, BASE * PAGE, npages * PAGE, file, 0)
         elif whole:
-            self.create_file(-1, npages, MMAP)
-            self.add_slot(-1, 0, 0, npages, -1, 0)
+            self._do("add_slot", vm, 0, BASE * PAGE, npages * PAGE, None, 0)
+        if traits.measured:
+            self._launch(vm, len(self.spec.vms))
+
+    def _launch(self, vm: int, seed: int) -> None:
+        """Take initial pages in, some of them where there are none, and close the measurement."""
+        for page in (seed % 5, (seed * 7) % 16):
+            data = bytes([seed % 251 + 1]) * PAGE * (1 + seed % 2)
+            guest, gfn = self.spec.vms[vm], BASE + page
+            # to add a page twice is the vendor's affair
+            if not any(at in guest.maps for at in (gfn, gfn + 1)):
+                self._do("populate", vm, gfn * PAGE, data)
+        self._do("pre_fault", vm, BASE * PAGE, PAGE)
+        self._do("finalize", vm)
 
     def create_file(self, which: int, npages: int, flags: int) -> None:
         """Make a file of a VM that has private memory."""
         vm = self._vm(which)
-        if vm is None or len(self.files) >= FILES_MAX or not vm.traits.private_memory:
-            return
-        file = self.engine.create_file(vm.vm, npages * PAGE_SIZE, flags | MMAP).info.file
-        self.spec.create_file(vm.vm, file, npages, bool(flags & INIT_SHARED))
-        self.files.append(file)
+        if vm is not None and len(self._files()) < FILES_MAX and vm.traits.private_memory:
+            self._do("create_file", vm.vm, npages, flags)
 
     def close_file(self, which: int) -> None:
         file = self._file(which)
-        if file is not None and not file.anonymous:
-            self._judge(self.spec.close_file(file.file), lambda: self.engine.close_file(file.file))
+        if file is not None:
+            self._do("close_file", file.file)
 
     def destroy_vm(self, which: int) -> None:
         vm = self._vm(which)
         if vm is not None:
-            self._destroy(vm)
+            self._do("destroy_vm", vm.vm)
 
-    def _destroy(self, vm: Vm) -> None:
-        self._judge(self.spec.destroy_vm(vm.vm), lambda: self.engine.destroy_vm(vm.vm))
-        self.vms.remove(vm.vm)
+    def swap(self, which: int, kind: str) -> None:
+        vm = self._vm(which)
+        if vm is not None:
+            self._do("swap", vm.vm, kind)
 
-    def _bury(self) -> None:
-        """Destroy what died, and forget files whose last page and handle are gone."""
-        for vm in [self.spec.vms[number] for number in self.vms]:
-            if vm.dead:
-                self._destroy(vm)
-        closed = [f for f in self.files if not self.spec.files[f].open]
-        self.files = [f for f in self.files if f not in closed[:-1]]
-
-    # --- operations: slots ---------------------------------------------------------------------
     def add_slot(
         self,
         which: int,
@@ -130,205 +173,201 @@ class World(Pair):
         vm = self._vm(which)
         if vm is None:
             return
-        # mostly a file of its own
-        own = [f for f in self.files if self.spec.files[f].vm == vm.vm and which_file % 5]
-        files = own or self.files
-        file = self.spec.files[files[which_file % len(files)]] if files else None
         by = [int(odd == k) * 512 for k in (1, 2, 3)]
-        gpa, size = (BASE + page) * PAGE_SIZE + by[0], npages * PAGE_SIZE + by[1]
+        gpa, size = (BASE + page) * PAGE + by[0], npages * PAGE + by[1]
         if not vm.traits.private_memory:
-            expected = self.spec.add_slot(vm.vm, slot, gpa, size, None, 0)
-            act = lambda: self.engine.set_memory_region(vm.vm, slot, 0, gpa, size)  # noqa: E731
-            self._judge(expected, act)
-            if not expected.errno and not self.spec.vms[vm.vm].slots[slot].file.file:
-                made = self.engine.core.vms.get(vm.vm).slots[slot].file
-                self.spec.name_anonymous(vm.vm, slot, made)
-                self.files.append(made)
-        elif file is not None:
-            offset = pgoff * PAGE_SIZE + by[2]
-            self._judge(
-                self.spec.add_slot(vm.vm, slot, gpa, size, file.file, offset),
-                lambda: self.engine.set_memory_region(
-                    vm.vm, slot, GUEST_MEMFD, gpa, size, file.file, offset
-                ),
-            )
+            self._do("add_slot", vm.vm, slot, gpa, size, None, 0)
+            return
+        # mostly a file of its own
+        own = [file for file in self._files() if file.vm == vm.vm and which_file % 5]
+        files = own or self._files()
+        if files:
+            file = files[which_file % len(files)]
+            self._do("add_slot", vm.vm, slot, gpa, size, file.file, pgoff * PAGE + by[2])
 
     def delete_slot(self, which: int, slot: int) -> None:
         vm = self._vm(which)
         if vm is not None:
-            flags = GUEST_MEMFD if vm.traits.private_memory else 0
-            self._judge(
-                self.spec.delete_slot(vm.vm, slot),
-                lambda: self.engine.set_memory_region(vm.vm, slot, flags, BASE * PAGE_SIZE, 0),
-            )
+            self._do("delete_slot", vm.vm, slot)
 
-    # --- operations: pages ---------------------------------------------------------------------
+    # --- pages ---------------------------------------------------------------------------------
     def fallocate(self, which: int, mode: int, page: int, n: int, odd: int = 0) -> None:
         file = self._file(which)
-        if file is None or file.anonymous:
-            return
-        offset, length = page * PAGE_SIZE + (odd & 1), n * PAGE_SIZE + (odd >> 1)
-        self._judge(
-            self.spec.fallocate(file.file, mode, offset, length),
-            lambda: self.engine.fallocate(file.file, mode, offset, length),
-        )
+        if file is not None and not self._is_tight(file, page, n):
+            offset, length = page * PAGE + (odd & 1), n * PAGE + (odd >> 1)
+            self._do("fallocate", file.file, mode, offset, length)
+
+    def _is_tight(self, file: File, page: int, n: int) -> bool:
+        return self.spec.is_tight(file.file, range(page, min(page + n, file.npages)))
+
+    def set_policy(self, which: int, page: int, n: int, mode: int, nodes: int) -> None:
+        """Set a policy; ``nodes`` are bits."""
+        file = self._file(which)
+        if file is not None:
+            named = tuple(node for node in range(3) if nodes >> node & 1)
+            self._do("set_policy", file.file, page * PAGE, n * PAGE, mode, named)
 
     def set_attributes(self, which: int, page: int, n: int, attributes: int, odd: int = 0) -> None:
         vm = self._vm(which)
         if vm is not None:
-            gpa, size = (BASE + page) * PAGE_SIZE + odd, n * PAGE_SIZE
-            self._judge(
-                self.spec.set_attributes(vm.vm, gpa, size, attributes),
-                lambda: self.engine.set_attributes(vm.vm, [(gpa, size, attributes)]),
-            )
+            self._do("set_attributes", vm.vm, (BASE + page) * PAGE + odd, n * PAGE, attributes)
 
     def convert_file(self, which: int, page: int, n: int, attributes: int, odd: int = 0) -> None:
-        file = self._file(which)
-        if file is not None and not file.anonymous and not self.spec.vms[file.vm].destroyed:
-            offset, size = page * PAGE_SIZE + odd, n * PAGE_SIZE
-            self._judge(
-                self.spec.convert_file(file.file, offset, size, attributes),
-                lambda: self.engine.convert_file(file.file, offset, size, attributes),
-                lambda converted: converted.changed_pages,
-            )
+        # mostly one that can be
+        own = [file for file in self._files() if file.in_place]
+        file = own[which % len(own)] if own and which % 8 else self._file(which)
+        if file is not None:
+            self._do("convert_file", file.file, page * PAGE + odd, n * PAGE, attributes)
+
+    def map_gpa(self, which: int, page: int, n: int, private: bool, code: int) -> None:
+        """The guest asks for a conversion; the VMM does it, in the VM's way, or says no."""
+        vm = self._vm(which)
+        if vm is None:
+            return
+        gpa = (BASE + page) * PAGE
+        exited = self._do("map_gpa", vm.vm, gpa, n, private)
+        if exited.errno or exited.value[0] != "HYPERCALL":
+            return
+        attributes, slot = 8 * private, vm.slot_at(BASE + page)
+        if code == 0 and not vm.traits.in_place:
+            self._do("set_attributes", vm.vm, gpa, n * PAGE, attributes)
+        elif code == 0 and slot is not None:
+            offset = (BASE + page - slot.gfn + slot.pgoff) * PAGE
+            self._do("convert_file", slot.file.file, offset, n * PAGE, attributes)
+        self._do("answer", vm.vm, code)
 
     def pre_fault(self, which: int, page: int, n: int) -> None:
         vm = self._vm(which)
         if vm is not None:
-            gpa, size = (BASE + page) * PAGE_SIZE, n * PAGE_SIZE
-            done = self._judge(
-                self.spec.pre_fault(vm.vm, gpa, size),
-                lambda: self.engine.pre_fault(vm.vm, gpa, size),
-                lambda found: found.done_pages,
-            )
-            if done is not None:
-                section = "restrictedmem.md §3 pre_fault_memory_test"
-                left = size - done.done_pages * PAGE_SIZE
-                self._same(section, "bytes left", left, done.left_bytes)
+            self._do("pre_fault", vm.vm, (BASE + page) * PAGE, n * PAGE)
 
-    def touch(self, which: int, page: int, private: bool) -> None:
-        """Have the guest read a page; a vendor whose guest must accept first is left out."""
+    def touch(self, which: int, page: int, n: int, private: bool) -> None:
         vm = self._vm(which)
-        if vm is None or self.engine.core.vms.get(vm.vm).info.platform == "tdx":
+        if vm is not None:
+            self._do("touch", vm.vm, (BASE + page) * PAGE, n, private)
+
+    def guest_io(self, which: int, at: int, length: int, private: int, value: int) -> None:
+        """Have a guest write (``value`` above 0) or read bytes; ``private`` 2 is as they are."""
+        vm = self._vm(which)
+        if vm is None:
             return
-        read = Instruction(Opcode.TOUCH, (BASE + page) * PAGE_SIZE, PAGE_SIZE, private=private)
-        self.engine.set_programme(vm.vm, 0, (read,))
-        expected = self.spec.touch(vm.vm, BASE + page, private)
-        self._judge(
-            expected,
-            lambda: self.engine.run_vcpu(vm.vm, 0),
-            lambda e: ("" if e.reason is Exit.INTERNAL_ERROR else e.reason.name, e.errno),
-        )
-        self._adopt_death(vm)
+        gpa = BASE * PAGE + at
+        state = vm.is_private(gpa // PAGE) if private == 2 else bool(private)
+        if value:
+            self._do("write_guest", vm.vm, gpa, pattern(value, length), state)
+        else:
+            self._do("read_guest", vm.vm, gpa, length, state)
 
-    def _adopt_death(self, vm: Vm) -> None:
-        """Take over whether poison killed a VM: that is its consumer's."""
-        vm.dead = vm.dead or self.engine.core.vms.get(vm.vm).info.state == "dead"
-
-    # --- operations: holders -------------------------------------------------------------------
-    def host_read(self, which: int, page: int, n: int) -> None:
+    def host_io(self, which: int, at: int, length: int, value: int) -> None:
+        """Write (``value`` above 0) or read bytes through the host's mapping."""
         file = self._file(which)
-        if file is not None:
-            self._judge(
-                self.spec.host_read(file.file, page * PAGE_SIZE, n * PAGE_SIZE),
-                lambda: self.engine.read_shared(file.file, page * PAGE_SIZE, n * PAGE_SIZE),
-                lambda data: None,
-            )
-
-    def pin(self, which: int, page: int, n: int) -> None:
-        file = self._file(which)
-        if file is None:
+        if file is None or self._is_tight(file, at // PAGE, length // PAGE + 2):
             return
-        expected, frames = self.spec.pin(file.file, range(page, page + n), DEVICE)
-        at = (file.file, page * PAGE_SIZE, n * PAGE_SIZE, "DMA", DEVICE)
-        handle = self._judge(expected, lambda: self.engine.pin(*at))
-        if handle is not None:
-            self.spec.pinned(handle, DEVICE, frames)
+        if value:
+            self._do("host_write", file.file, at, pattern(value, length))
+        else:
+            self._do("host_read", file.file, at, length)
+
+    # --- holders -------------------------------------------------------------------------------
+    def open_session(self) -> None:
+        if len(self.spec.sessions) < SESSIONS_MAX:
+            self._do("open_session")
+
+    def close_session(self, which: int) -> None:
+        session = self._session(which)
+        if session:
+            self._do("close_session", session)
+            self._do("close_session", session)
+            self.got = [one for one in self.got if one[1] != session]
+
+    def pin(self, which: int, page: int, n: int, session: int) -> None:
+        """Pin as a session, or (-1) as a device of nobody's."""
+        file = self._file(which)
+        if file is not None and not self._is_tight(file, page, n):
+            owner = self._session(session) if session >= 0 else 0
+            self._do("pin", file.file, page * PAGE, n * PAGE, owner)
 
     def unpin(self, which: int) -> None:
         if self.spec.pins:
             handle = sorted(self.spec.pins)[which % len(self.spec.pins)]
-            self._judge(self.spec.unpin(handle), lambda: self.engine.unpin(handle))
-            self._judge(self.spec.unpin(handle), lambda: self.engine.unpin(handle))
+            self._do("unpin", handle)
+            self._do("unpin", handle)
 
-    def get_pages(self, which: int, page: int, n: int) -> None:
-        file = self._file(which)
-        if file is None or file.anonymous:
-            return
-        holder = f"session {self.session}"
-        expected, frames = self.spec.get_pages(file.file, range(page, page + n), holder)
-        at = (file.file, page * PAGE_SIZE, n * PAGE_SIZE, Owner(TENANT, self.session))
-        pfns = self._judge(expected, lambda: self.engine.get_pages(*at))
-        if pfns is not None:
-            self.got += zip(frames, pfns.tolist(), strict=True)
+    def get_pages(self, which: int, page: int, n: int, session: int) -> None:
+        file, owner = self._file(which), self._session(session)
+        if file is not None and owner and not self._is_tight(file, page, n):
+            pfns = self._do("get_pages", file.file, page * PAGE, n * PAGE, owner).value
+            self.got += [(pfn, owner) for pfn in pfns or ()]
 
-    def put_page(self, which: int) -> None:
+    def put_pages(self, which: int, session: int) -> None:
+        """Put a reference: mostly by who has it, sometimes by somebody else."""
         if self.got:
-            frame, pfn = self.got.pop(which % len(self.got))
-            expected = self.spec.put_page(frame, f"session {self.session}")
-            owner = Owner(TENANT, self.session)
-            self._judge(expected, lambda: self.engine.put_pages(np.array([pfn]), owner))
+            at = which % len(self.got)
+            pfn, owner = self.got[at]
+            who = self._session(session) if session >= 0 else owner
+            if not self._do("put_pages", (pfn,), who).errno:
+                self.got.remove((pfn, who))
 
-    # --- operations: the host ------------------------------------------------------------------
-    def _frames(self, which: int, n: int) -> list[Frame]:
-        """Return frames in the order of their numbers, from a chosen one."""
-        known = sorted(self.pfns, key=self.pfns.__getitem__)
+    # --- page fault handlers -------------------------------------------------------------------
+    def register(self, which: int, page: int, n: int, session: int) -> None:
+        file = self._file(which)
+        if file is not None and len(self.spec.handlers) < HANDLERS_MAX:
+            self._do("register", file.file, page, n, self._session(session))
+
+    def unregister(self, which: int, session: int) -> None:
+        if self.spec.handlers:
+            handle = sorted(self.spec.handlers)[which % len(self.spec.handlers)]
+            self._do("unregister", handle, self._session(session) if session >= 0 else 0)
+
+    def resolve(self, how: str, which: int, page: int, n: int, value: int) -> None:
+        """Fill holes of a registered range, or have their faults go on."""
+        handlers = list(self.spec.handlers.values())
+        if not handlers:
+            return
+        number, span, session = handlers[which % len(handlers)]
+        file = self.spec.files[number]
+        # mostly where a fault would wait
+        holes = [at for at in span if (at, file.half(False)) not in file.pages]
+        at = holes[page % len(holes)] if holes and page % 4 else span.start + page % len(span)
+        if self._is_tight(file, at, n):
+            return
+        if how == "uf_copy":
+            self._do(how, number, at, pattern(value, n * PAGE), session)
+        elif how == "uf_zeropage":
+            self._do(how, number, at, n, session if value else 0)
+        else:
+            self._do(how, number, at, n, bool(value), session)
+
+    # --- the host ------------------------------------------------------------------------------
+    def _pfns(self, which: int, n: int) -> tuple[int, ...]:
+        """Return frames that are in use, in the order of their numbers, from a chosen one."""
+        known = sorted(pfn for pfn, frame in self.spec.by_pfn.items() if not frame.offline)
         start = which % len(known) if known else 0
-        return known[start : start + n]
+        return tuple(known[start : start + n])
 
-    def migrate(self, which: int, n: int) -> None:
-        frames = {self.pfns[frame]: frame for frame in self._frames(which, n)}
-        short = self.spec.free < len(frames)
-        may = {pfn: self.spec.migration(frame) for pfn, frame in frames.items()}
-        nobodys = {pfn: frame.page is None for pfn, frame in frames.items()}
-        report = self.engine.migrate(np.array(list(frames), dtype=np.int64))
-        told: Counter[int] = Counter()
-        for moved in report.moves:
-            for src, dst in zip(moved.src.tolist(), moved.dst.tolist(), strict=True):
-                told[src] += 1
-                self._judge_move(src, dst, moved, may[src], short)
-                if moved.outcome in (Outcome.MOVED, Outcome.BUSY):
-                    self.spec.zapped(frames[src])
-                if moved.outcome is Outcome.MOVED:
-                    del self.pfns[frames[src]]
-                    self.pfns[self.spec.moved(frames[src])] = dst
-        # a frame that no page has (a hold or poison keeps it from being free) may have no outcome
-        pfns = Counter({pfn: told.get(pfn, 0) if nobodys[pfn] else 1 for pfn in frames})
-        self._same("DESIGN.md §4 EACH", "outcomes", +pfns, told)
+    def migrate(self, which: int, n: int, node: int = -1) -> None:
+        self._do("migrate", self._pfns(which, n), node if node >= 0 else None)
 
-    def _judge_move(
-        self, src: int, dst: int, moved: Any, may: tuple[set[str], str], short: bool
-    ) -> None:
-        outcome, section = moved.outcome.name, may[1]
-        self.seen["migrate", outcome] += 1
-        starved = short and outcome == "FAILED" and moved.refusal.reason.name == "NO_FRAMES"
-        # the destination is reserved before references are looked at (DESIGN.md §4 Migration)
-        if outcome not in may[0] and not (starved and may[0] & {"MOVED", "BUSY"}):
-            raise self._differ(
-                section, f"pfn {src}: {sorted(may[0])}", f"{outcome} {moved.refusal}"
-            )
-        if outcome == "MOVED" and (dst == src or dst in self.pfns.values()):
-            raise self._differ("reliability.md §3 I1", f"pfn {src} to a free frame", dst)
-        errnos = {"UNMOVABLE": ("FOLIO_UNMOVABLE", 95), "BUSY": ("FOLIO_BUSY", 11)}
-        if outcome in may[0] and len(may[0]) == 1 and outcome in errnos:
-            got = (moved.refusal.reason.name, moved.refusal.errno)
-            self._same(section, f"pfn {src}", errnos[outcome], got)
+    def compact(self, node: int) -> None:
+        self._do("compact", node)
+
+    def offline(self, pfn: int, n: int) -> None:
+        self._do("offline", pfn % self.nframes, n)
+
+    def online(self, pfn: int, n: int) -> None:
+        self._do("online", pfn % self.nframes, n)
 
     def poison(self, which: int) -> None:
-        frames = self._frames(which, 1)
-        frame = frames[0] if frames else None
-        if frame is None or frame.poisoned:
-            return
-        expected = self.spec.poison(frame)
-        self._judge(
-            expected, lambda: self.engine.poison(self.pfns[frame]), lambda found: found.vm_lost
-        )
-        for vm in self.vms:
-            self._adopt_death(self.spec.vms[vm])
+        for pfn in self._pfns(which, 1):
+            self._do("poison", pfn)
 
     def poison_free(self, pfn: int) -> None:
         """Poison a frame that nobody has; it is never free again (I4, I13)."""
-        if self.engine.core.host.use.at(pfn) == Use.FREE:
-            self._judge(
-                self.spec.poison(None), lambda: self.engine.poison(pfn), lambda p: p.vm_lost
-            )
+        if pfn not in self.spec.by_pfn and pfn not in self.spec.reserved:
+            self._do("poison", pfn)
+
+
+def pattern(value: int, length: int) -> bytes:
+    """Return bytes that differ from page to page and within one."""
+    word = bytes((value * 31 + i * 7) % 255 + 1 for i in range(61))
+    return (word * (length // len(word) + 1))[:length]

@@ -7,17 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rmemd.engine import convert, fault, frames, lifecycle, memory, migrate, physical, populate
+from rmemd.engine import (
+    compact,
+    convert,
+    fault,
+    frames,
+    guestcall,
+    guestmemory,
+    lifecycle,
+    memory,
+    migrate,
+    physical,
+    populate,
+    swap,
+    userfault,
+    userfaultops,
+)
 from rmemd.engine.bracket import invalidating
 from rmemd.errors import RmemError
 from rmemd.hooks.types import Why
 from rmemd.model.files import Files
+from rmemd.model.host import Use
 from rmemd.model.ledger import Ledger
+from rmemd.store.controller import MemoryController
+from rmemd.store.memfd import Memfd
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -129,6 +148,80 @@ def bindings_may_overlap(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Files, "bind", broken)
 
 
+def conversion_drops_the_bytes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(convert, "_to_shared", lambda *args: None)
+
+
+def punched_bytes_stay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Memfd, "punch", lambda self, numbers: None)
+
+
+def relocation_moves_no_bytes(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(MemoryController, "_relocate", lambda self, src, dst, key: [])
+
+
+def shared_bytes_are_a_byte_off(patch: pytest.MonkeyPatch) -> None:
+    real = Memfd.write_bytes
+    patch.setattr(Memfd, "write_bytes", lambda self, at, data: real(self, at, data[:1] + data[:-1]))
+
+
+def a_dead_session_keeps_its_pages(patch: pytest.MonkeyPatch) -> None:
+    real = Ledger.forget
+
+    def broken(self: Ledger, tx: Any, holder: str) -> Any:
+        return self.frames(holder) if holder.startswith("session") else real(self, tx, holder)
+
+    patch.setattr(Ledger, "forget", broken)
+
+
+def faults_do_not_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(userfault, "missing", lambda core, file, pgoffs, private: pgoffs[:0])
+
+
+def a_handler_fills_what_is_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        userfaultops, "_holes_in_front", lambda core, file, session, pgoff, npages: (npages, None)
+    )
+
+
+def a_dead_session_keeps_its_handlers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(userfaultops, "release", lambda core, tx, session: 0)
+
+
+def policies_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    def broken(core: Any, file: Any, pgoffs: Any) -> Any:
+        return [(np.ones(pgoffs.size, dtype=np.bool_), tuple(n.node for n in core.host.nodes))]
+
+    patch.setattr(frames, "_by_policy", broken)
+
+
+def offline_frames_stay_in_use(patch: pytest.MonkeyPatch) -> None:
+    def broken(core: Any, pfns: Any) -> Any:
+        yield from ()
+        return int((core.host.use.get(pfns) == Use.FREE).sum())
+
+    patch.setattr(compact, "_take_free", broken)
+
+
+def a_swap_keeps_the_old_pins(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(swap, "_rehold", lambda *args: (0, 0))
+
+
+def initial_pages_are_not_mapped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(populate, "map_now", lambda *args: None)
+
+
+def an_exit_names_the_first_page(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(guestmemory, "is_one_pages", lambda refusal: False)
+
+
+def a_call_asks_for_the_other_state(patch: pytest.MonkeyPatch) -> None:
+    real = guestcall._called
+    patch.setattr(
+        guestcall, "_called", lambda answer: real(replace(answer, to_private=not answer.to_private))
+    )
+
+
 MUTANTS: dict[str, Plant] = {
     plant.__name__: plant
     for plant in (
@@ -147,6 +240,20 @@ MUTANTS: dict[str, Plant] = {
         the_last_reference_frees_nothing,
         poison_is_forgotten,
         bindings_may_overlap,
+        conversion_drops_the_bytes,
+        punched_bytes_stay,
+        relocation_moves_no_bytes,
+        shared_bytes_are_a_byte_off,
+        a_dead_session_keeps_its_pages,
+        faults_do_not_wait,
+        a_handler_fills_what_is_there,
+        a_dead_session_keeps_its_handlers,
+        policies_are_ignored,
+        offline_frames_stay_in_use,
+        a_swap_keeps_the_old_pins,
+        initial_pages_are_not_mapped,
+        an_exit_names_the_first_page,
+        a_call_asks_for_the_other_state,
     )
 } | {
     "punch_leaves_the_mirror": _without_unmap(memory, Why.PUNCH),

@@ -2,371 +2,211 @@
 
 Written from the reference (restrictedmem.md, pkvm.md §7, reliability.md §3, DESIGN.md §4), slow and
 obvious, and sharing no code with the engine. Every operation returns what must be said, naming the
-section it follows. Where the reference leaves a choice (which frame, which page of a migration is
-told first), nothing is predicted: the caller tells what was chosen, and only relations are kept.
+section it follows. Where the reference leaves a choice (which frame, which handle, which page of a
+migration is told first), nothing is predicted: what was chosen is learned, and only relations are
+kept. Here are the host's own operations; the others are below: ``holders``, ``access``,
+``conversion``, ``layout``, ``store``.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from .objects import PAGE, PRIVATE, Expected, File, Frame, Slot, Vm
-from .store import CHANGING_ONLY, RM2, Store
+from .access import POISONED
+from .holders import Holders
+from .objects import PRIVATE, Expected, Frame
+from .store import BAD_RANGE, RM2
 
-EHWPOISON = 133
-BIND = RM2 + "bind"
-GET_PFN = RM2 + "get_pfn"
-HOST_FAULT = RM2 + "host fault"
-ATTRIBUTES = RM2 + "KVM_SET_MEMORY_ATTRIBUTES"
-IN_PLACE = RM2 + "in-place conversion"
-PRE_FAULT = "restrictedmem.md §3 pre_fault_memory_test"
+EACH = "DESIGN.md §4 EACH"
+MIGRATION = "DESIGN.md §4 Migration"
+ERROR_FOLIO = RM2 + "error_folio"
+OFFLINE = "DESIGN.md §4 offlining"
+COMPACTION = "DESIGN.md §4 Compaction"
+BLOCK = 512
+# (source, destination or -1, outcome, errno, reason) of a page that was to move
+Move = tuple[int, int, str, int, str]
+# (section, expected, got)
+Finding = tuple[str, object, object]
+ERRNOS = {"UNMOVABLE": ("FOLIO_UNMOVABLE", 95), "BUSY": ("FOLIO_BUSY", 11)}
 
 
-class Spec(Store):
-    """A host of ``total`` frames with what lives on it."""
+class Spec(Holders):
+    """A host of NUMA nodes with what lives on it; ``reserved`` numbers were never free."""
 
-    def destroy_vm(self, number: int) -> Expected:
-        """§2 VM fd closed first: gmem still usable; what the consumer held is dropped (I14)."""
-        vm = self.vms[number]
-        for gfn in list(vm.maps):
-            self._unmap(vm, gfn)
-        for slot in list(vm.slots.values()):
-            self._drop_slot(vm, slot)
-        vm.destroyed = True
-        return Expected(RM2 + "VM fd closed first")
+    def __init__(
+        self, nodes: Sequence[range], free: Sequence[int], reserved: Iterable[int] = ()
+    ) -> None:
+        super().__init__(nodes, free)
+        self.reserved = frozenset(reserved)
 
-    # --- memslots ------------------------------------------------------------------------------
-    def add_slot(
-        self, vm: int, number: int, gpa: int, size: int, file: int | None, offset: int
-    ) -> Expected:
-        """§2 bind, the checks in that order; ``file`` None is an ordinary slot.
-
-        The caller names the memory behind an ordinary slot afterwards, by ``name_anonymous``.
-        """
-        guest = self.vms[vm]
-        if guest.dead:
-            return Expected("DESIGN.md §4, kvm_vm_dead", errno=errno.EIO, reason="VM_DEAD")
-        if gpa % PAGE or size % PAGE or offset % PAGE:
-            return Expected(BIND, errno=errno.EINVAL)
-        gfn, npages, pgoff = gpa // PAGE, size // PAGE, offset // PAGE
-        old = guest.slots.get(number)
-        if old is not None and (old.restricted or old.npages != npages):
-            return Expected(BIND + ", slot exists", errno=errno.EINVAL)
-        others = {at for at in range(gfn, gfn + npages) if guest.slot_at(at) not in (None, old)}
-        if others:
-            return Expected(BIND + ", GPA overlap", errno=errno.EEXIST, reason="SLOT_OVERLAP")
-        if old is not None:
-            return self._move_slot(guest, old, gfn)
-        if file is None:
-            backing = File(0, vm, npages, False, anonymous=True)
-            guest.slots[number] = Slot(number, gfn, npages, backing, 0, False)
-            return Expected(BIND)
-        found = self.files.get(file)
-        if found is None or not found.open:
-            return Expected(BIND + ", bad fd", errno=errno.EBADF, reason="NO_SUCH_FILE")
-        if found.vm != vm or pgoff + npages > found.npages:
-            return Expected(BIND + ", other VM or past EOF", errno=errno.EINVAL)
-        if self._views(found, range(pgoff, pgoff + npages)):
-            section = BIND + ", range already bound (6.18)"
-            return Expected(section, errno=errno.EINVAL, reason="BINDING_OVERLAP")
-        guest.slots[number] = Slot(number, gfn, npages, found, pgoff, True)
-        return Expected(BIND)
-
-    def _move_slot(self, vm: Vm, slot: Slot, gfn: int) -> Expected:
-        """An ordinary slot set again: the same is a no-op, elsewhere it is zapped and moves."""
-        if gfn != slot.gfn:
-            for old in [old for old in vm.maps if slot.has(old)]:
-                self._unmap(vm, old)
-            slot.gfn = gfn
-        return Expected("restrictedmem.md §3 set_memory_region_test, move")
-
-    def name_anonymous(self, vm: int, number: int, file: int) -> None:
-        """Say the handle of the memory behind an ordinary slot."""
-        backing = self.vms[vm].slots[number].file
-        backing.file = file
-        self.files[file] = backing
-
-    def delete_slot(self, vm: int, number: int) -> Expected:
-        """§2 bound slot: the memslot code zaps, then the range is unbound; an empty one EINVAL."""
-        guest = self.vms[vm]
-        if guest.dead:
-            return Expected("DESIGN.md §4, kvm_vm_dead", errno=errno.EIO, reason="VM_DEAD")
-        slot = guest.slots.get(number)
-        if slot is None:
-            return Expected(RM2 + "bound slot", errno=errno.EINVAL, reason="NO_SUCH_SLOT")
-        self._drop_slot(guest, slot)
-        return Expected(RM2 + "unbind")
-
-    def _drop_slot(self, vm: Vm, slot: Slot) -> None:
-        for gfn in [gfn for gfn in vm.maps if slot.has(gfn)]:
-            self._unmap(vm, gfn)
-        del vm.slots[slot.slot]
-        if slot.file.anonymous:
-            for key in list(slot.file.pages):
-                self._truncate(slot.file, key)
-            slot.file.open = False
-
-    # --- conversion ----------------------------------------------------------------------------
-    def set_attributes(self, vm: int, gpa: int, size: int, attributes: int) -> Expected:
-        """§2 KVM_SET_MEMORY_ATTRIBUTES: equal is 0 without events; no page is touched."""
-        guest = self.vms[vm]
-        if guest.dead:
-            return Expected("DESIGN.md §4, kvm_vm_dead", errno=errno.EIO, reason="VM_DEAD")
-        if guest.traits.in_place:
-            return Expected(IN_PLACE, errno=errno.ENOTTY, reason="WRONG_PERSONALITY")
-        if attributes & ~(8 if guest.traits.private_memory else 0):
-            return Expected(ATTRIBUTES, errno=errno.EINVAL, reason="ATTRIBUTES_UNSUPPORTED")
-        if size <= 0:
-            return Expected(ATTRIBUTES, errno=errno.EINVAL, reason="BAD_RANGE")
-        if gpa % PAGE or size % PAGE:
-            return Expected(ATTRIBUTES, errno=errno.EINVAL, reason="NOT_PAGE_ALIGNED")
-        gfns = set(range(gpa // PAGE, (gpa + size) // PAGE))
-        wanted = gfns if not attributes else set()
-        if not guest.traits.private_memory or guest.shared_gfns & gfns == wanted:
-            return Expected(ATTRIBUTES)
-        # the reference leaves open whether a leaf that agrees already is unmapped; here it stays
-        for gfn in gfns & (guest.shared_gfns ^ wanted):
-            self._unmap(guest, gfn)
-        guest.shared_gfns = guest.shared_gfns - gfns | wanted
-        return Expected(ATTRIBUTES)
-
-    def convert_file(self, number: int, offset: int, size: int, attributes: int) -> Expected:
-        """§2 in-place conversion, steps 1 to 5; a consumer's own pin does not stop its VM."""
-        file = self.files[number]
-        if not file.open:
-            return Expected(IN_PLACE, errno=errno.EBADF, reason="NO_SUCH_FILE")
-        if not file.in_place:
-            return Expected(IN_PLACE, errno=errno.ENOTTY, reason="WRONG_PERSONALITY")
-        if attributes & ~8:
-            return Expected(IN_PLACE, errno=errno.EINVAL, reason="ATTRIBUTES_UNSUPPORTED")
-        if size <= 0:
-            return Expected(IN_PLACE, errno=errno.EINVAL, reason="BAD_RANGE")
-        if offset % PAGE or size % PAGE:
-            return Expected(IN_PLACE, errno=errno.EINVAL, reason="NOT_PAGE_ALIGNED")
-        span = range(offset // PAGE, (offset + size) // PAGE)
-        if span.stop > file.npages:
-            return Expected(IN_PLACE, errno=errno.EINVAL, reason="BAD_RANGE")
-        return self._convert(file, span, bool(attributes))
-
-    def _convert(self, file: File, span: range, private: bool) -> Expected:
-        wanted = set() if private else set(span)
-        changed = (file.shared_pgoffs & set(span)) ^ wanted
-        if not changed:
-            return Expected(IN_PLACE + " 2", 0)
-        own = self.vms[file.vm].label
-        checked = changed if CHANGING_ONLY in self.excused else span
-        for pgoff in sorted(checked) if private else ():
-            frame = file.pages.get((pgoff, PRIVATE))
-            if frame is not None and frame.elevated_for(own):
-                section = IN_PLACE + " 4, reliability.md §3 I11"
-                return Expected(
-                    section, errno=errno.EAGAIN, reason="FOLIO_BUSY", offset=pgoff * PAGE
-                )
-        for pgoff in changed:
-            self._invalidate(file, range(pgoff, pgoff + 1), None)
-        file.shared_pgoffs = file.shared_pgoffs - set(span) | wanted
-        return Expected(IN_PLACE + " 5", len(changed))
-
-    # --- faults --------------------------------------------------------------------------------
-    def _fault(self, vm: Vm, gfn: int) -> Expected:
-        """Map one page as its attribute says (§2 get_pfn; pkvm.md §7: no reference is left)."""
-        slot, private = vm.slot_at(gfn), vm.is_private(gfn)
-        if slot is None:
-            return Expected(PRE_FAULT, errno=errno.ENOENT, reason="NO_MEMSLOT")
-        if private and not slot.restricted:
-            section = "restrictedmem.md §3 private_access_memslot_not_private"
-            return Expected(section, errno=errno.EFAULT, reason="MEMORY_FAULT")
-        if not slot.file.open:
-            return Expected(GET_PFN, errno=errno.EFAULT, reason="FILE_GONE")
-        if gfn in vm.maps:
-            return Expected(GET_PFN)
-        pgoff, half = gfn - slot.gfn + slot.pgoff, slot.file.half(private)
-        frame = slot.file.pages.get((pgoff, half)) or self._take((slot.file.file, pgoff, half))
-        if frame is None:
-            return Expected(GET_PFN, errno=errno.ENOMEM, reason="NO_FRAMES")
-        if frame.poisoned:
-            return Expected(GET_PFN, errno=EHWPOISON, reason="HW_POISON")
-        vm.maps[gfn] = (frame, not private)
-        if vm.traits.pins and private:
-            self._hold(frame, vm.label, False, 1)
-        return Expected(GET_PFN)
-
-    def pre_fault(self, vm: int, gpa: int, size: int) -> Expected:
-        """§3 pre_fault_memory: the size shrinks exactly when the call succeeds, page by page."""
-        guest = self.vms[vm]
-        if guest.dead:
-            return Expected("DESIGN.md §4, kvm_vm_dead", errno=errno.EIO, reason="VM_DEAD")
-        if gpa % PAGE or size % PAGE or size <= 0:
-            return Expected(PRE_FAULT, errno=errno.EINVAL)
-        gfns = range(gpa // PAGE, (gpa + size) // PAGE)
-        for done, gfn in enumerate(gfns):
-            said = self._fault(guest, gfn)
-            if said.errno:
-                return Expected(said.section, done) if done else said
-        return Expected(PRE_FAULT, len(gfns))
-
-    def touch(self, vm: int, gfn: int, private: bool) -> Expected:
-        """A guest's read, as the exit's name and errno (§2 KVM_EXIT_MEMORY_FAULT)."""
-        guest, section = self.vms[vm], RM2 + "KVM_EXIT_MEMORY_FAULT"
-        if guest.dead:
-            return Expected("DESIGN.md §4, kvm_vm_dead", errno=errno.EIO, reason="VM_DEAD")
-        if private != guest.is_private(gfn):
-            # the reference does not say whether a missing slot or a wrong attribute is told first
-            exits = ("MEMORY_FAULT", errno.EFAULT)
-            return Expected(section, None if guest.slot_at(gfn) is None else exits)
-        said = self._fault(guest, gfn)
-        if said.reason == "NO_MEMSLOT":
-            exits = ("MEMORY_FAULT", errno.EFAULT) if private else ("MMIO", 0)
-            return Expected("restrictedmem.md §3 private_mem_kvm_exits_test", exits)
-        if said.errno in (errno.EFAULT, EHWPOISON):
-            return Expected(said.section, ("MEMORY_FAULT", said.errno))
-        # with any other errno the exit's reason is stale
-        return Expected(section, ("", said.errno) if said.errno else ("HLT", 0))
-
-    # --- the host's mapping, pins and references ------------------------------------------------
-    def _host_pages(self, file: File, span: range, section: str) -> Expected | list[Frame]:
-        """§2 host fault, all or nothing: past the file or private EFAULT; zero on first use."""
-        private = set(span) - file.shared_pgoffs if file.in_place else set()
-        if span.stop > file.npages or private:
-            return Expected(section, errno=errno.EFAULT, reason="HOST_SIGBUS")
-        half = file.half(False)
-        frames = [file.pages.get((pgoff, half)) for pgoff in span]
-        if any(frame is not None and frame.poisoned for frame in frames):
-            return Expected(section, errno=EHWPOISON, reason="HW_POISON")
-        if frames.count(None) > self.free:
-            return Expected(section, errno=errno.ENOMEM, reason="NO_FRAMES")
-        for pgoff in span:
-            if (pgoff, half) not in file.pages:
-                self._take((file.file, pgoff, half))
-        return [file.pages[pgoff, half] for pgoff in span]
-
-    def host_read(self, number: int, offset: int, length: int) -> Expected:
-        """Read through the host's mapping."""
-        file = self.files[number]
-        if not file.open:
-            return Expected(HOST_FAULT, errno=errno.EBADF, reason="NO_SUCH_FILE")
-        span = range(offset // PAGE, -(-(offset + length) // PAGE))
-        found = self._host_pages(file, span, HOST_FAULT)
-        return found if isinstance(found, Expected) else Expected(HOST_FAULT)
-
-    def pin(self, number: int, span: range, holder: str) -> tuple[Expected, list[Frame]]:
-        """Pin shared pages as DMA does, through GUP; ``pinned`` takes the handle it got."""
-        file, section = self.files[number], HOST_FAULT + ", through GUP"
-        if not file.open:
-            return Expected(section, errno=errno.EBADF, reason="NO_SUCH_FILE"), []
-        if span.stop > file.npages:
-            # the call names pages of the file, and no address that could be past a mapping
-            return Expected(section, errno=errno.EINVAL, reason="BAD_RANGE"), []
-        found = self._host_pages(file, span, section)
-        if isinstance(found, Expected):
-            return found, []
-        for frame in found:
-            self._hold(frame, holder, True, 1)
-        return Expected(section), found
-
-    def pinned(self, handle: int, holder: str, frames: list[Frame]) -> None:
-        """Note the handle of a pin."""
-        self.pins[handle] = (holder, frames)
-
-    def unpin(self, handle: int) -> Expected:
-        """Let a pin go; a page that was removed meanwhile is freed now (§2 free page)."""
-        if handle not in self.pins:
-            return Expected(RM2 + "free page", errno=errno.ENOENT, reason="NO_SUCH_PIN")
-        holder, frames = self.pins.pop(handle)
-        for frame in frames:
-            self._hold(frame, holder, True, -1)
-        return Expected(RM2 + "free page")
-
-    def get_pages(self, number: int, span: range, holder: str) -> tuple[Expected, list[Frame]]:
-        """restrictedmem.md §1 get_page: allocates if absent; one reference that the caller owns."""
-        file, section = self.files[number], "restrictedmem.md §1 get_page"
-        if not file.open:
-            return Expected(section, errno=errno.EBADF, reason="NO_SUCH_FILE"), []
-        if span.stop > file.npages:
-            return Expected(section, errno=errno.EINVAL), []
-        frames = [file.pages.get((pgoff, PRIVATE)) for pgoff in span]
-        if any(frame is not None and frame.poisoned for frame in frames):
-            return Expected(section, errno=EHWPOISON, reason="HW_POISON"), []
-        if frames.count(None) > self.free:
-            return Expected(section, errno=errno.ENOMEM, reason="NO_FRAMES"), []
-        for pgoff in span:
-            if (pgoff, PRIVATE) not in file.pages:
-                self._take((number, pgoff, PRIVATE))
-        got = [file.pages[pgoff, PRIVATE] for pgoff in span]
-        for frame in got:
-            self._hold(frame, holder, False, 1)
-        return Expected(section), got
-
-    def put_page(self, frame: Frame, holder: str) -> Expected:
-        """Drop a reference; who has none is refused (I2: no anonymous reference)."""
-        if not frame.holds[holder, False]:
-            return Expected("reliability.md §3 I2", errno=errno.EINVAL, reason="NOT_HELD")
-        self._hold(frame, holder, False, -1)
-        return Expected("reliability.md §3 I2")
-
-    # --- migration and poison ------------------------------------------------------------------
-    def migration(self, frame: Frame) -> tuple[set[str], str]:
+    # --- migration -----------------------------------------------------------------------------
+    def _outcomes(self, frame: Frame) -> tuple[frozenset[str], str]:
         """Return the outcomes that a page's migration may have, and the section (I9).
 
         A private folio, and in place every one, moves iff its VM has the hook; the NULL hook
         comes first and touches no count (§1 Migration).
         """
         if frame.page is None:
-            return {"BUSY", "FAILED", "UNMOVABLE"}, "reliability.md §3 I1"
+            return frozenset({"BUSY", "FAILED", "UNMOVABLE"}), "reliability.md §3 I1"
         file = self.files[frame.page[0]]
         vm = self.vms[file.vm]
-        governed = frame.page[2] == PRIVATE
         if frame.poisoned:
-            return {"FAILED", "UNMOVABLE", "BUSY"}, "reliability.md §3 I9, I13"
+            return frozenset({"FAILED", "UNMOVABLE", "BUSY"}), "reliability.md §3 I9, I13"
         if vm.dead and not vm.destroyed:
-            return {"MOVED", "FAILED", "UNMOVABLE", "BUSY"}, "unspecified for a dead VM"
+            return frozenset({"MOVED", "FAILED", "UNMOVABLE", "BUSY"}), "unspecified when dead"
+        governed = frame.page[2] == PRIVATE and not file.anonymous
         if governed and (vm.destroyed or not vm.traits.movable):
-            return {"UNMOVABLE"}, "restrictedmem.md §1 Migration, NULL hook"
+            return frozenset({"UNMOVABLE"}), "restrictedmem.md §1 Migration, NULL hook"
         if frame.elevated:
-            return {"BUSY"}, "DESIGN.md §4 Migration, reliability.md §3 I9"
-        return {"MOVED"} if self.free else {"MOVED", "FAILED"}, "DESIGN.md §4 Migration"
+            return frozenset({"BUSY"}), MIGRATION + ", reliability.md §3 I9"
+        return frozenset({"MOVED"}), MIGRATION
 
-    def zapped(self, frame: Frame) -> None:
+    def migrate(self, pfns: tuple[int, ...], node: int | None) -> Expected:
+        """Each page moves or says why not. ``moved`` learns what became of them."""
+        if node is not None and node not in self.everywhere:
+            return Expected(MIGRATION, errno=errno.EINVAL, reason="BAD_NODE")
+        frames = {pfn: self.by_pfn[pfn] for pfn in set(pfns) if pfn in self.by_pfn}
+        moves = {pfn: self._outcomes(frame) for pfn, frame in frames.items()}
+        told = frozenset(pfn for pfn, frame in frames.items() if frame.page is not None)
+        return Expected(EACH, moves=moves, told=told)
+
+    def moved(
+        self, expected: Expected, moves: Iterable[Move], nodes: Sequence[int]
+    ) -> list[Finding]:
+        """Learn what became of pages; return what should not have.
+
+        Args:
+            expected: what was expected.
+            moves: what is reported.
+            nodes: those that destinations may lie in.
+        """
+        assert expected.moves is not None
+        told, found = Counter[int](), list[Finding]()
+        free, went, starved = self.free(nodes), 0, 0
+        for src, dst, outcome, code, reason in moves:
+            told[src] += 1
+            may, section = expected.moves.get(src, (frozenset[str](), EACH))
+            lacking = reason == "NO_FRAMES" and bool(may & {"MOVED", "BUSY"})
+            starved += lacking
+            if outcome not in may and not lacking:
+                found.append((section, f"pfn {src}: {sorted(may)}", f"{outcome} {reason}"))
+                continue
+            if outcome in ERRNOS and len(may) == 1 and (reason, code) != ERRNOS[outcome]:
+                found.append((section, f"pfn {src}: {ERRNOS[outcome]}", (reason, code)))
+            if src in self.by_pfn and outcome in ("MOVED", "BUSY"):
+                self._zap_shared(self.by_pfn[src])
+            if outcome == "MOVED":
+                went += 1
+                found += self._move(self.by_pfn[src], dst, nodes)
+        if starved and went < free:
+            # a page's refusal is not its neighbours'
+            found.append((EACH, f"{free} pages moved before frames run out", went))
+        once = Counter(dict.fromkeys(expected.told, 1))
+        for pfn, n in told.items():
+            # what no page has (a hold or poison keeps it from being free) may be left out
+            if n != 1:
+                found.append((EACH, f"one outcome of pfn {pfn}", n))
+        left = sorted(set(once) - set(told))
+        if left:
+            found.append((EACH, "an outcome of each page", f"none of {left}"))
+        return found
+
+    def _zap_shared(self, frame: Frame) -> None:
         """Clear a page's shared leaves, which comes before it moves or not (pkvm.md §7 a 5)."""
         for vm in self.vms.values():
             for gfn in [gfn for gfn, leaf in vm.maps.items() if leaf == (frame, True)]:
                 self._unmap(vm, gfn)
 
-    def moved(self, frame: Frame) -> Frame:
-        """Give a page another frame, to which its private leaf is re-pointed."""
-        assert frame.page is not None
-        number, pgoff, half = frame.page
+    def _move(self, old: Frame, dst: int, nodes: Sequence[int]) -> list[Finding]:
+        """Give a page another frame, to which its private leaf is re-pointed, with its bytes."""
+        if dst in self.by_pfn or dst in self.reserved or dst < 0:
+            return [("reliability.md §3 I1", f"pfn {old.pfn} to a free frame", dst)]
+        if self.node_of(dst) not in nodes:
+            return [(MIGRATION, f"pfn {old.pfn} to nodes {nodes}", f"pfn {dst}")]
+        assert old.page is not None
+        number, pgoff, half = old.page
         file = self.files[number]
-        frame.page = None
-        self.frames.discard(frame)
-        new = self._take((number, pgoff, half))
-        assert new is not None
+        new = Frame(old.page, self.node_of(dst), dst, content=old.content, holds=old.holds)
+        old.page, old.holds = None, Counter()
+        self._forget(old)
+        file.pages[pgoff, half] = self._add(new)
         for vm, gfn in self._views(file, range(pgoff, pgoff + 1)):
             mapped, shared = vm.maps.get(gfn, (None, True))
-            if mapped is frame:
+            if mapped is old:
                 vm.maps[gfn] = (new, shared)
-        return new
+        return []
 
-    def poison(self, frame: Frame | None) -> Expected:
-        """§2 error_folio: unmapped and not truncated; poison is sticky (I13). None: a free frame.
+    # --- compaction and offlining --------------------------------------------------------------
+    def compact(self, node: int) -> Expected:
+        """Pages move together within a node; ``free_blocks`` says what that gave."""
+        if node not in self.everywhere:
+            return Expected(COMPACTION, errno=errno.EINVAL, reason="BAD_NODE")
+        here = {pfn: frame for pfn, frame in self.by_pfn.items() if frame.node == node}
+        return Expected(EACH, moves={pfn: self._outcomes(frame) for pfn, frame in here.items()})
 
-        A value is whether the VM is lost: killed if its consumer has no error op (DESIGN.md §5).
+    def free_blocks(self, node: int) -> int:
+        """Return how many aligned 2 MiB blocks of a node have no used frame."""
+        used = {pfn // BLOCK for pfn in (*self.by_pfn, *self.reserved)}
+        numbers = self.nodes[node]
+        return len(set(range(numbers.start // BLOCK, numbers.stop // BLOCK)) - used)
+
+    def _numbers(self, pfn: int, npages: int) -> range | None:
+        inside = pfn >= 0 and npages > 0 and pfn + npages <= self.nodes[-1].stop
+        return range(pfn, pfn + npages) if inside else None
+
+    def offline(self, pfn: int, npages: int) -> Expected:
+        """What can move goes; ``went_offline`` learns the rest."""
+        numbers = self._numbers(pfn, npages)
+        if numbers is None:
+            return Expected(OFFLINE, **BAD_RANGE)
+        for number in [n for n in numbers if n not in self.by_pfn and n not in self.reserved]:
+            self._add(Frame(None, self.node_of(number), number, offline=True))
+        frames = {n: self.by_pfn[n] for n in numbers if n in self.by_pfn}
+        owned = {n: frame for n, frame in frames.items() if frame.page is not None}
+        moves = {n: self._outcomes(frame) for n, frame in owned.items()}
+        return Expected(EACH, moves=moves, told=frozenset(owned))
+
+    def went_offline(self, pfn: int, npages: int) -> None:
+        """Have those frames of a range out of use that became free when their pages moved."""
+        for number in range(pfn, pfn + npages):
+            if number not in self.by_pfn and number not in self.reserved:
+                self._add(Frame(None, self.node_of(number), number, offline=True))
+
+    def online(self, pfn: int, npages: int) -> Expected:
+        """Offline frames are free again, save for those that were poisoned (I13)."""
+        numbers = self._numbers(pfn, npages)
+        if numbers is None:
+            return Expected(OFFLINE, **BAD_RANGE)
+        found = [self.by_pfn[n] for n in numbers if n in self.by_pfn]
+        back = [frame for frame in found if frame.offline and not frame.poisoned]
+        for frame in back:
+            self._forget(frame)
+        return Expected(OFFLINE, len(back))
+
+    # --- poison --------------------------------------------------------------------------------
+    def poison(self, pfn: int) -> Expected:
+        """§2 error_folio: unmapped and not truncated; poison is sticky (I13).
+
+        The value is whether the VM is lost: killed if its consumer has no error op (DESIGN.md §5).
         """
-        section = RM2 + "error_folio"
+        frame = self.by_pfn.get(pfn)
         if frame is None:
-            self.frames.add(Frame(None, poisoned=True))
-            return Expected(section, False)
+            self._add(Frame(None, self.node_of(pfn), pfn, poisoned=True))
+            return Expected(ERROR_FOLIO, False)
+        if frame.poisoned:
+            return Expected(ERROR_FOLIO + ", I13", **POISONED)
         frame.poisoned = True
         if frame.page is None:
-            return Expected(section)
+            return Expected(ERROR_FOLIO, False)
         number, pgoff, half = frame.page
-        file = self.files[number]
-        vm, span = self.vms[file.vm], range(pgoff, pgoff + 1)
-        bound = bool(self._views(file, span))
+        file, span = self.files[number], range(pgoff, pgoff + 1)
+        vm, bound = self.vms[file.vm], bool(self._views(file, span))
         self._invalidate(file, span, half)
         private = half == PRIVATE and not (file.in_place and pgoff in file.shared_pgoffs)
         if not private or not bound:
-            return Expected(section, False)
-        if not vm.traits.poisoned:
-            return Expected(section)
-        return Expected(section, vm.traits.poisoned == "killed")
+            return Expected(ERROR_FOLIO, False)
+        lost = vm.traits.dies_of_poison
+        vm.dead = vm.dead or lost
+        return Expected(ERROR_FOLIO, lost)

@@ -125,7 +125,7 @@ _TABLE = (
     ),
     Mutant(
         "punch-without-invalidation", HOOK, "rmemd.engine.memory",
-        "views_of(core, file, start, npages), Why.PUNCH", "[], Why.PUNCH",
+        "invalidating(core, tx, views, Why.PUNCH)", "invalidating(core, tx, [], Why.PUNCH)",
         "pages_are_punched_and_converted", "I7",
     ),
     Mutant(
@@ -517,7 +517,8 @@ _TABLE = (
     ),
     Mutant(
         "tickets-without-a-bound", BOUND, "rmemd.access.callers",
-        "            if mine >= TICKETS_MAX:", "            if False:",
+        "            if sum(other.tenant == ticket.tenant for _, other in waiting) >= TICKETS_MAX:",
+        "            if False:",
         "tests/unit/test_access.py::test_tickets_are_bounded",
     ),
     Mutant(
@@ -561,8 +562,8 @@ _TABLE = (
     ),
     # --- authority ---------------------------------------------------------------------------
     Mutant(
-        "ticket-is-good-twice", AUTHORITY, "rmemd.access.callers",
-        "self._tickets.pop(_digest(ticket), None)", "self._tickets.get(_digest(ticket))",
+        "ticket-is-good-twice", AUTHORITY, "rmemd.engine.sessions",
+        "        core.notes.drop(TICKETS, ticket)\n", "        pass\n",
         "a_ticket_is_good_once",
     ),
     Mutant(

@@ -22,7 +22,7 @@ from rmemd.access.callers import SOCKET, TCP, UNIX, Access, Caller, Ticket, poli
 from rmemd.access.rules import admit
 from rmemd.engine import memory
 from rmemd.engine.bracket import FAULT
-from rmemd.engine.core import Steps
+from rmemd.engine.driver import Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.migrate import Outcome

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rmemd.engine import hostmap, pins, populate, userfaultops, vcpu
 from rmemd.engine.cancel import never
-from rmemd.engine.core import Step, Steps
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.invariants import check
 from rmemd.engine.pendingfaults import FAULT
 from rmemd.engine.programme import Instruction, Opcode, Pattern

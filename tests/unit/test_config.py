@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[2]
 MANUAL = (ROOT / "docs" / "configuration.md").read_text()
 RELOADABLE = {
     "daemon.log_level", "daemon.hook_deadline_seconds", "daemon.check_every_seconds",
+    "daemon.watched_transactions",
     "access.admins", "limits.frames", "limits.pinned_pages", "limits.sessions", "limits.fds",
     "limits.watches",
 }  # fmt: skip

@@ -17,6 +17,7 @@ from rmem.v1 import (
     host_pb2,
     job_pb2,
     session_pb2,
+    trace_pb2,
     vcpu_pb2,
     vm_pb2,
     watch_pb2,
@@ -36,6 +37,7 @@ SERVICES = [
         job_pb2,
         operations_pb2,
         session_pb2,
+        trace_pb2,
         vcpu_pb2,
         vm_pb2,
         watch_pb2,
@@ -47,17 +49,19 @@ READS = {
     "GetHost", "GetPageMap", "GetPage", "ReadPhysical", "GetAccounting", "ListFaultRules",
     "CheckHost", "ListFaultPoints", "ExplainReason", "GetWaitGraph", "ListOperations",
     "GetOperation", "WaitOperation", "WhoAmI",
-    "ListSessions", "ReadGuest", "GetVm", "ListVms", "GetMemoryAttributes",
+    "ListSessions", "ReadGuest", "GetVm", "ListVms", "GetMemoryAttributes", "GetTrace",
 }  # fmt: skip
-STREAMS = {"Watch"}
+STREAMS = {"Watch", "ExportTrace"}
 MUTATIONS = {
     "LoadPlugins", "UnloadPlugin", "ReloadPlugin", "CreateFile", "CloseFile", "Fallocate",
     "ConvertFile", "WriteShared", "SetPolicy", "PinPages", "UnpinPages", "WritePhysical",
     "CopyPhysical", "Migrate", "Compact", "Offline", "Online", "Poison", "AddFaultRule",
     "RemoveFaultRule", "StartMigrate", "StartCompact", "StartOffline", "DeleteOperation",
+    "StartTrace", "StopTrace",
     "CancelOperation", "OpenSession", "RenewSession", "CloseSession", "CreateTicket",
     "RevokeGrants", "CreateVcpu", "SetProgramme", "RunVcpu", "WriteGuest", "CreateVm", "DestroyVm",
     "SetMemoryRegion", "SetMemoryAttributes", "Populate", "Finalize", "PreFault", "SwapConsumer",
+    "Upgrade",
 }  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from guests import make_engine as fresh_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmemd.engine.core import Core, Step, Steps
+from rmemd.engine.core import Core
+from rmemd.engine.driver import Step, Steps
 from rmemd.engine.engine import Engine
 from rmemd.engine.migrate import BATCH_PAGES, Outcome
 from rmemd.engine.programme import Opcode
