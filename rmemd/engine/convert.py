@@ -231,7 +231,7 @@ def _count(file: RestrictedFile, start: int, npages: int, private: bool) -> int:
 def _ask(
     core: Core, tx: Tx, vm: Vm, file: RestrictedFile, pgoffs: I64, pfns: I64, private: bool
 ) -> Content:
-    """Ask the consumer what present pages hold afterwards; pages that are not bound keep all."""
+    """Ask the consumer what present pages hold afterwards; it is told of those that are bound."""
     if not pgoffs.size:
         return Content.PRESERVED
     gfns = np.full(pgoffs.size, -1, dtype=np.int64)
