@@ -11,6 +11,8 @@ import argparse
 import ast
 import csv
 import inspect
+import io
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -244,6 +246,68 @@ def configuration_section() -> str:
     return f"\n{documentation()}"
 
 
+# --- traces.md -----------------------------------------------------------------------------------
+def recorded_example() -> bytes:
+    """Record a guest whose page somebody wants to move, and return the file."""
+    from rmemd.consumers.guard import Guard
+    from rmemd.engine.core import Options
+    from rmemd.engine.engine import Engine
+    from rmemd.trace.recorder import Recorder
+
+    engine = Engine(Options(nframes=512), Guard(clock=lambda: 0.0))
+    recorder = Recorder(engine, key=b"a key that nobody knows, but for the example's")
+    recorder.start()
+    vm = engine.create_vm("tdx-today").info.vm
+    file = engine.create_file(vm, 4 << 12).info.file
+    engine.set_memory_region(vm, 0, 4, 0, 4 << 12, file)
+    engine.create_vcpu(vm, 0)
+    engine.populate(vm, 0, b"a guest's first page".ljust(1 << 12, b"."))
+    engine.migrate(engine.core.files.get(file).frames.slice(0, 1) - 1)
+    recorder.stop()
+    data = recorder.sink.read(0, recorder.sink.size)
+    recorder.sink.close()
+    engine.close()
+    return data
+
+
+def trace_section() -> str:
+    """Show the lines of the example; what is long and says nothing new is left out."""
+    lines = [json.loads(line) for line in recorded_example().splitlines()]
+    header = lines[0]
+    used = {name: one for name, one in header["consumers"].items() if name == "tdx-today"}
+    header |= {"consumers": used | {"…": "…"}, "plugins": [*header["plugins"][-1:], "…"]}
+    for line in lines:
+        # digests are other ones with every table and every write that is added
+        line |= {key: "…" for key in ("state", "writes") if key in line}
+        if "tables" in line:
+            line["tables"] = {"…": "…"}
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    return f"```json\n{text}\n```"
+
+
+def replay_section() -> str:
+    """Show what a replay of the example under another variant says."""
+    from rmemd.trace.format import read
+    from rmemd.trace.player import Changes
+    from rmemd.trace.replayer import replay
+
+    done = replay(read(io.BytesIO(recorded_example())), Changes({"tdx-today": "tdx-relocate"}))
+    command = "$ rmemctl trace replay example.jsonl --consumer tdx-today=tdx-relocate"
+    text = "\n".join([command, *(divergence.text for divergence in done.divergences)])
+    return f"```\n{text}\n```"
+
+
+def trace_operations_section() -> str:
+    """List the methods that are recorded, with their arguments."""
+    from rmemd.trace.operations import AT_ONCE, NOT_SAID, OPERATIONS, signature
+
+    lines = []
+    for name in (*OPERATIONS, *AT_ONCE):
+        said = [f"`{one}`" for one in signature(name).parameters if one not in NOT_SAID]
+        lines.append(f"- `{name}`: {', '.join(said)}")
+    return "\n".join(lines)
+
+
 # --- writing -------------------------------------------------------------------------------------
 def makers() -> dict[str, Callable[[], str]]:
     """Return what makes each section, by its name."""
@@ -256,6 +320,9 @@ def makers() -> dict[str, Callable[[], str]]:
         "null-plugin": null_plugin_section,
         "null-pyproject": null_project_section,
         "configuration": configuration_section,
+        "trace-example": trace_section,
+        "trace-replay": replay_section,
+        "trace-operations": trace_operations_section,
     }
     for cls in ("ConsumerSpec", "PlatformSpec"):
         section = signature_section(cls)

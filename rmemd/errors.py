@@ -37,6 +37,7 @@ class Kind(Enum):
     REFUSED = "FAILED_PRECONDITION"
     UNSUPPORTED = "FAILED_PRECONDITION "
     BUSY = "ABORTED"
+    ABORTED = "ABORTED "
     RANGE = "OUT_OF_RANGE"
     POISON = "DATA_LOSS"
     PLUGIN = "INTERNAL"
@@ -46,7 +47,7 @@ class Kind(Enum):
 
     @property
     def code(self) -> str:
-        """Return the google.rpc.Code name (two kinds share FAILED_PRECONDITION)."""
+        """Return the google.rpc.Code name, which some kinds share."""
         return self.value.strip()
 
 
@@ -207,6 +208,10 @@ class Poisoned(RmemError):
     """The frame's content is lost."""
 
 
+class Aborted(RmemError):
+    """Ended half-way by the daemon's own end; what was done before stays."""
+
+
 class PluginFault(RmemError):
     """A plugin raised or answered nonsense; the transaction was undone."""
 
@@ -229,6 +234,7 @@ _CLASSES: dict[Kind, type[RmemError]] = {
     Kind.UNSUPPORTED: Unsupported, Kind.BUSY: Busy, Kind.RANGE: OutOfRange,
     Kind.POISON: Poisoned, Kind.PLUGIN: PluginFault, Kind.UNAVAILABLE: Unavailable,
     Kind.UNKNOWN_CALLER: Unauthenticated, Kind.CANCELLED: Cancelled,
+    Kind.ABORTED: Aborted,
 }  # fmt: skip
 
 
@@ -304,6 +310,9 @@ NOT_HELD = _reason("NOT_HELD", Kind.REFUSED, "EINVAL",
 NO_SUCH_OPERATION = _reason("NO_SUCH_OPERATION", Kind.NOT_FOUND, "ENOENT",
     "No long job has this name, or its result was deleted or is no longer kept.",
     "List the operations.")
+NO_TRACE = _reason("NO_TRACE", Kind.NOT_FOUND, "ENOENT",
+    "Nothing was recorded since the daemon began.",
+    "Start a recording.")
 NO_SUCH_USERFAULT = _reason("NO_SUCH_USERFAULT", Kind.NOT_FOUND, "ENOENT",
     "No range is registered under this handle, or the pages are in no range of the session's.",
     "Register the range first; only the session that registered it resolves its faults.",
@@ -314,6 +323,9 @@ NO_SUCH_REASON = _reason("NO_SUCH_REASON", Kind.NOT_FOUND, "ENOENT",
 EXISTS = _reason("EXISTS", Kind.EXISTS, "EEXIST",
     "An object with this index exists already.",
     "Choose another index, or delete it first.")
+TRACE_RUNNING = _reason("TRACE_RUNNING", Kind.EXISTS, "EBUSY",
+    "A recording is going on, and there is one at a time.",
+    "Stop it, and export it if it is wanted; or wait until it is full.")
 # --- who calls -------------------------------------------------------------------------------
 TOKEN_REQUIRED = _reason("TOKEN_REQUIRED", Kind.UNKNOWN_CALLER, "EACCES",
     "The daemon is shared, and the call carries no token that says whose it is.",
@@ -537,6 +549,9 @@ JOB_CANCELLED = _reason("JOB_CANCELLED", Kind.CANCELLED, "ECANCELED",
     "A long job was cancelled, or the daemon ended; what it did before is in the status's details.",
     "Start it again: what is done already is not done twice.",
     "AIP-151")
+DAEMON_RESTARTED = _reason("DAEMON_RESTARTED", Kind.ABORTED, "ECANCELED",
+    "The daemon ended while the long job ran, and was started again; what the job had done stands.",
+    "Start it again: what is done already is not done twice.")
 REVISION_COMPACTED = _reason("REVISION_COMPACTED", Kind.RANGE, "",
     "The events after this revision are no longer kept.",
     "List the objects again and watch from the revision of that reply.")

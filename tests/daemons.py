@@ -70,7 +70,12 @@ class Daemon:
 
     It has no keeper unless ``--keeper`` is among the options, so that a killed one is gone. With a
     keeper, ``process`` is that, and ``pid`` the daemon itself; ``kill`` ends both.
+
+    Attributes:
+        program: what ``rmemd`` is run by.
     """
+
+    program: tuple[str, ...] = (str(BIN / "rmemd"),)
 
     def __init__(
         self, directory: Path, *options: str, env: Mapping[str, str] | None = None
@@ -92,7 +97,7 @@ class Daemon:
         self.directory.mkdir(parents=True, exist_ok=True)
         ready, ready_of_daemon = os.pipe()
         command = [
-            str(BIN / "rmemd"), "serve", "--config", os.devnull,
+            *self.program, "serve", "--config", os.devnull,
             "--socket-dir", str(self.socket_dir),
             "--ready-fd", str(ready_of_daemon), *([] if self.is_kept else ["--no-keeper"]),
             *self.options,

@@ -1,22 +1,28 @@
 """Who calls: from what a door knows of its peer, and a token, to a caller.
 
-Owns tokens, tickets and leases. None of them is state: they are lost with the daemon, and what is
-kept of a token or ticket is its digest. Everything that is not good here looks the same: never
-given out, used up, another door's, another tenant's, or of a session that has ended.
+Owns tokens, tickets and leases. They are no state but notes, which survive the daemon's process as
+the state does; what is kept of a token or ticket is its digest, before the secret leaves. A lease
+begins anew at a restart, since clocks do, too. Everything that is not good here looks the same:
+never given out, used up, another door's, another tenant's, or of a session that has ended. Only a
+token of another daemon's life says so, by what it begins with.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
-from rmemd.engine.sessions import Closed
+from rmemd.engine.sessions import TICKETS, Closed
 from rmemd.errors import (
     BAD_REQUEST,
+    MEMORY_LOST,
     NO_SUCH_SESSION,
     ROLE_DENIED,
     TOKEN_REQUIRED,
@@ -27,7 +33,14 @@ from rmemd.errors import (
 from rmemd.model.sessions import ADMIN, DEVICE, GUEST, HOST, GrantRange, Owner, SessionInfo
 
 UNIX, TCP, SOCKET = "unix", "tcp", "socket"
+# how a session came in: its process is its lease, or it has one
+SOCKETED, LEASED = "socket", "lease"
 TOKEN_BYTES = 32
+# so much of the daemon's life is in front of its tokens
+LIFE_DIGITS = 8
+_LIFE = re.compile(rf"[0-9a-f]{{{LIFE_DIGITS}}}\.")
+# kinds of notes: by digest, by session; those of tickets are the engine's to use up
+TOKENS, LEASES = "tokens", "leases"
 TICKETS_MAX = 1024
 LEASE_SECONDS = 30.0
 LEASE_SECONDS_MAX = 24 * 3600.0
@@ -94,20 +107,33 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class _Token:
+class Token:
+    """Whose calls carry a token, and through which door."""
+
     session: int
     tenant: str
     door: str
 
 
+@dataclass(frozen=True)
+class Lease:
+    """How long a session lives that is not renewed."""
+
+    session: int
+    seconds: float
+
+
 @dataclass
-class _Lease:
+class _Running:
     seconds: float
     due: float
 
 
 class Access:
-    """Tokens, tickets and leases of one daemon. Safe from any thread."""
+    """Tokens, tickets and leases of one daemon. Safe from any thread.
+
+    Nothing here asks for the engine's lock, as notes do, while it holds its own.
+    """
 
     def __init__(
         self, engine: Engine, policy: Policy | None = None, clock: Callable[[], float] = lambda: 0.0
@@ -115,13 +141,26 @@ class Access:
         self.policy = policy or Policy()
         self._engine = engine
         self._clock = clock
+        self._notes = engine.core.notes
         self._lock = threading.Lock()
-        self._tokens: dict[bytes, _Token] = {}
-        self._tickets: dict[bytes, Ticket] = {}
-        self._leases: dict[int, _Lease] = {}
+        # held from counting a tenant's tickets until there is one more
+        self._issuing = threading.Lock()
+        self._leases: dict[int, _Running] = {}
         self._looked = clock()
         # told of every new lease, so that whoever reaps looks when it is due
         self.on_lease: Callable[[], None] = lambda: None
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Go on with what a daemon before this one left: leases anew, nothing of the gone."""
+        core = self._engine.core
+        now = self._clock()
+        for info in core.sessions.all():
+            if info.door == LEASED:
+                # one that was opened, and no more, gets what it would have by default
+                lease = self._notes.get(LEASES, info.session, Lease(info.session, LEASE_SECONDS))
+                self._leases[info.session] = _Running(lease.seconds, now + lease.seconds)
+        self._forget(lambda session: not core.sessions.exists(session))
 
     # --- callers -----------------------------------------------------------------------------
     def caller(self, door: str, tenant: str, token: str = "") -> Caller:
@@ -148,9 +187,9 @@ class Access:
         return ADMIN if tenant in self.policy.admins else HOST
 
     def _by_token(self, door: str, tenant: str, token: str) -> Caller:
-        with self._lock:
-            known = self._tokens.get(_digest(token.encode()))
+        known: Token | None = self._notes.get(TOKENS, _digest(token.encode()))
         if known is None:
+            self._require_own_life(token)
             raise _unknown("token", "never given out, or its session has ended")
         if known.door != door or (tenant and tenant != known.tenant):
             raise _unknown("token", f"given to {known.tenant} for the {known.door} door")
@@ -167,7 +206,21 @@ class Access:
             raise ROLE_DENIED(f"{tenant} is no admin", field="role")
         if role not in (HOST, ADMIN):
             raise BAD_REQUEST(f"a {role} session needs a ticket", field="ticket")
-        return self._opened(self._engine.open_session(tenant, role, _kind(door), pid), door)
+        again = self._engine.core.calls.is_repeat()
+        info = self._engine.open_session(tenant, role, _kind(door), pid)
+        return self._opened(info, door, again)
+
+    def resume(self, session: int, token: str) -> SessionInfo:
+        """Return the session of the socket that a token is for.
+
+        Raises:
+            Lost: MEMORY_LOST; a daemon before this one gave it out.
+            Unauthenticated: TOKEN_UNKNOWN.
+        """
+        caller = self._by_token(UNIX, "", token)
+        if caller.session != session:
+            raise _unknown("token", f"given to session {caller.session}")
+        return self._engine.core.sessions.alive(session)
 
     def redeem(self, ticket: bytes, door: str, pid: int = 0) -> tuple[SessionInfo, str]:
         """Open the session that a ticket is for; return it with its token.
@@ -175,14 +228,21 @@ class Access:
         Raises:
             Unauthenticated: TOKEN_UNKNOWN.
         """
-        with self._lock:
-            found = self._tickets.pop(_digest(ticket), None)
+        digest = _digest(ticket)
+        # if this very call has used it up, whose answer was lost with the daemon, it names nothing
+        again = self._engine.core.calls.is_repeat()
+        found = Ticket("", HOST, 0, 0, ()) if again else self._good_ticket(digest)
+        info = self._engine.open_session(
+            found.tenant, found.role, _kind(door), pid, found.parent, found.vm, found.grants,
+            ticket=digest,
+        )  # fmt: skip
+        return self._opened(info, door, again)
+
+    def _good_ticket(self, digest: bytes) -> Ticket:
+        found: Ticket | None = self._notes.get(TICKETS, digest)
         if found is None or (found.parent and not self._is_alive(found.parent)):
             raise _unknown("ticket", "never given out, used up, or its issuer has ended")
-        info = self._engine.open_session(
-            found.tenant, found.role, _kind(door), pid, found.parent, found.vm, found.grants
-        )
-        return self._opened(info, door)
+        return found
 
     def issue(self, caller: Caller, ticket: Ticket) -> bytes:
         """Make a ticket for one session below the caller's.
@@ -198,31 +258,57 @@ class Access:
         if ticket.tenant != caller.tenant and not caller.is_admin:
             raise ROLE_DENIED("only an admin speaks for another tenant", field="tenant")
         secret = secrets.token_bytes(TOKEN_BYTES)
-        with self._lock:
-            mine = sum(other.tenant == ticket.tenant for other in self._tickets.values())
-            if mine >= TICKETS_MAX:
+        with self._issuing:
+            waiting = self._notes.items(TICKETS)
+            if sum(other.tenant == ticket.tenant for _, other in waiting) >= TICKETS_MAX:
                 raise TOO_MANY(f"{TICKETS_MAX} tickets wait to be redeemed")
-            self._tickets[_digest(secret)] = ticket
+            self._notes.set(TICKETS, _digest(secret), ticket)
         return secret
 
-    def close(self, session: int) -> Closed:
-        """End a session and those below it, with everything they hold."""
-        closed = self._engine.close_session(session)
+    def close(self, session: int, check: Callable[[Core], None] = lambda core: None) -> Closed:
+        """End a session and those below it, with everything they hold; ``check`` may refuse."""
+        closed = self._engine.close_session(session, check)
         gone = set(closed.sessions)
         with self._lock:
-            self._tokens = {k: t for k, t in self._tokens.items() if t.session not in gone}
-            self._tickets = {k: t for k, t in self._tickets.items() if t.parent not in gone}
             for number in gone:
                 self._leases.pop(number, None)
+        self._forget(gone.__contains__)
         return closed
 
-    def _opened(self, info: SessionInfo, door: str) -> tuple[SessionInfo, str]:
-        token = secrets.token_hex(TOKEN_BYTES)
+    def _forget(self, is_gone: Callable[[int], bool]) -> None:
+        """Drop the notes of sessions; a crash before that leaves them to ``_take_over``."""
+        self._drop(TOKENS, lambda token: is_gone(token.session))
+        self._drop(TICKETS, lambda ticket: bool(ticket.parent) and is_gone(ticket.parent))
+        self._drop(LEASES, lambda lease: is_gone(lease.session))
+
+    def _drop(self, kind: str, is_over: Callable[[Any], bool]) -> None:
+        for key, value in self._notes.items(kind):
+            if is_over(value):
+                self._notes.drop(kind, key)
+
+    def _opened(self, info: SessionInfo, door: str, again: bool) -> tuple[SessionInfo, str]:
+        token = f"{self._life}{secrets.token_hex(TOKEN_BYTES)}"
         # a session of the socket calls through the Unix door, on this machine
         served = TCP if door == TCP else UNIX
-        with self._lock:
-            self._tokens[_digest(token.encode())] = _Token(info.session, info.tenant, served)
+        if again:
+            # the answer to the repeat is the one that arrives; the first token reached nobody
+            self._drop(TOKENS, lambda token: token.session == info.session)
+        self._notes.set(TOKENS, _digest(token.encode()), Token(info.session, info.tenant, served))
         return info, token
+
+    @property
+    def _life(self) -> str:
+        """Return what tokens begin with; nothing where memory goes with the process."""
+        life = self._engine.core.life
+        return f"{life[:LIFE_DIGITS]}." if life else ""
+
+    def _require_own_life(self, token: str) -> None:
+        begins = _LIFE.match(token)
+        if begins is not None and begins[0] != self._life:
+            raise MEMORY_LOST(
+                "the token is of a daemon that has ended, and its sessions with it",
+                field="rmem-token",
+            )
 
     def _is_alive(self, session: int) -> bool:
         sessions = self._engine.core.sessions
@@ -231,14 +317,10 @@ class Access:
     # --- leases ------------------------------------------------------------------------------
     def lease(self, session: int, seconds: float) -> float:
         """Have a session end unless it is renewed in time; return the seconds."""
-        seconds = seconds or LEASE_SECONDS
-        if not 0 < seconds <= LEASE_SECONDS_MAX:
-            raise BAD_REQUEST(
-                f"lease_seconds {seconds} is not in 0..{LEASE_SECONDS_MAX:.0f}",
-                field="lease_seconds",
-            )
+        seconds = seconds_of_lease(seconds)
+        self._notes.set(LEASES, session, Lease(session, seconds))
         with self._lock:
-            self._leases[session] = _Lease(seconds, self._clock() + seconds)
+            self._leases[session] = _Running(seconds, self._clock() + seconds)
         self.on_lease()
         return seconds
 
@@ -250,7 +332,7 @@ class Access:
         """
         with self._lock:
             lease = self._leases.get(session)
-            if lease is None:
+            if lease is None or not self._is_alive(session):
                 raise NO_SUCH_SESSION(f"session {session} has no lease", field="session")
             lease.due = self._clock() + lease.seconds
             return lease.seconds
@@ -278,6 +360,20 @@ class Access:
         return over, min(left, default=None)
 
 
+def seconds_of_lease(asked: float) -> float:
+    """Return the seconds of a lease that is asked for, 0 for the default.
+
+    Raises:
+        InvalidArgument: BAD_REQUEST.
+    """
+    seconds = asked or LEASE_SECONDS
+    if not 0 < seconds <= LEASE_SECONDS_MAX:
+        raise BAD_REQUEST(
+            f"lease_seconds {seconds} is not in 0..{LEASE_SECONDS_MAX:.0f}", field="lease_seconds"
+        )
+    return seconds
+
+
 def policy_of(shared: bool, uid: int, admins: Iterable[str]) -> Policy:
     """Return the policy of a daemon that runs as a user."""
     local = f"uid:{uid}"
@@ -285,7 +381,7 @@ def policy_of(shared: bool, uid: int, admins: Iterable[str]) -> Policy:
 
 
 def _kind(door: str) -> str:
-    return "socket" if door == SOCKET else "lease"
+    return SOCKETED if door == SOCKET else LEASED
 
 
 def _digest(secret: bytes) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rmemd.access.callers import Caller
 from rmemd.engine.core import Core
-from rmemd.errors import NO_SUCH_FILE, NO_SUCH_PIN, NO_SUCH_VM, ROLE_DENIED
+from rmemd.errors import NO_SUCH_FILE, NO_SUCH_PIN, NO_SUCH_VM, ROLE_DENIED, SAFE_MODE
 from rmemd.model.sessions import ADMIN, DEVICE, GUEST, HOST, Owner
 
 Scope = Callable[[Core, Caller, Any], None]
@@ -111,8 +111,11 @@ def admit(core: Core, caller: Caller, name: str, request: Any) -> None:
     Raises:
         Denied: ROLE_DENIED.
         NotFound: as if the object did not exist.
+        Unavailable: SAFE_MODE.
     """
     rule = RULES[name]
+    if core.read_only and name not in SAFE:
+        raise SAFE_MODE(f"{name} could change something: {core.read_only}")
     if caller.role not in rule.roles:
         raise ROLE_DENIED(
             f"{name} is not for the {caller.role} role", state=f"role {caller.role}",
@@ -150,6 +153,7 @@ RULES: dict[str, Rule] = {
         Offline=Rule(_ADMIN), Online=Rule(_ADMIN), Poison=Rule(_ADMIN),
         AddFaultRule=Rule(_ADMIN), ListFaultRules=Rule(_ADMIN), RemoveFaultRule=Rule(_ADMIN),
         GetWaitGraph=Rule(_ADMIN), CheckHost=Rule(_ADMIN), ListFaultPoints=Rule(_ADMIN),
+        Upgrade=Rule(_ADMIN),
     ),
     **_rules(
         "FileService",
@@ -182,6 +186,11 @@ RULES: dict[str, Rule] = {
         "ConsumerService",
         ListConsumers=Rule(_ALL), GetOps=Rule(_RUN, (own_vm,)), LoadPlugins=Rule(_ADMIN),
         UnloadPlugin=Rule(_ADMIN), ReloadPlugin=Rule(_ADMIN),
+    ),
+    **_rules(
+        "TraceService",
+        StartTrace=Rule(_ADMIN), StopTrace=Rule(_ADMIN), GetTrace=Rule(_ADMIN),
+        ExportTrace=Rule(_ADMIN),
     ),
     **_rules("WatchService", Watch=Rule(_RUN, (own_vm_if_named,))),
     **_rules(
@@ -216,3 +225,22 @@ RULES: dict[str, Rule] = {
         CancelOperation=Rule(_HOST), WaitOperation=Rule(_HOST),
     ),
 }  # fmt: skip
+
+
+def _names(service: str, methods: str) -> set[str]:
+    return {f"{service}/{method}" for method in methods.split()}
+
+
+# What a daemon in safe mode answers: calls that change nothing, not even by a fault or a machine
+# check, one that keeps a session from running out, and the one that leaves that mode.
+SAFE: frozenset[str] = frozenset().union(
+    _names("HostService", "GetHost ExplainReason GetPage GetPageMap GetAccounting ListFaultRules "
+           "ListFaultPoints GetWaitGraph CheckHost Upgrade"),
+    _names("FileService", "ListFiles GetFile GetPolicy ListPins"),
+    _names("VmService", "ListVms GetVm GetMemoryAttributes"),
+    _names("ConsumerService", "ListConsumers GetOps"),
+    _names("WatchService", "Watch"),
+    _names("SessionService", "WhoAmI ListSessions RenewSession"),
+    _names("Operations", "ListOperations GetOperation WaitOperation"),
+    _names("Session", "FD"),
+)  # fmt: skip

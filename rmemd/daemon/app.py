@@ -2,6 +2,10 @@
 
 Owns the order of things: directory and lock, engine, gRPC bound and started, readiness announced,
 signals, drain. ``Daemon`` is what ``rmemd serve`` runs and what a test can run in its own process.
+
+It ends in two ways. ``close`` lets everything go. ``leave`` makes way for a successor that finds
+all of it: no new call is taken, those under way end or stop between two steps, and the process
+goes as it would by a kill, because coming back from that is the only way in that there is.
 """
 
 from __future__ import annotations
@@ -11,6 +15,8 @@ import os
 import signal
 import threading
 import time
+import uuid
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 
@@ -21,23 +27,29 @@ from rmemd.consumers.guard import Guard
 from rmemd.daemon import logs
 from rmemd.daemon.config import Config, DaemonSection, TenantLimits
 from rmemd.daemon.configload import Sources
+from rmemd.daemon.kept import Kept
 from rmemd.daemon.observers import Observers
 from rmemd.daemon.reload import read_anew
 from rmemd.daemon.selfcheck import SelfCheck
 from rmemd.daemon.sockets import SocketDir, announce, notify
+from rmemd.daemon.starts import Starts
 from rmemd.daemon.tcp import TcpServer
 from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.quotas import Limits
+from rmemd.keeper.protocol import EX_SUCCESSOR
 from rmemd.model.host import frames_for
 from rmemd.rpc.dispatch import Front
 from rmemd.rpc.doors import UnixDoor
 from rmemd.rpc.jobs import Jobs
+from rmemd.rpc.lifecycle import KeptBy, Lifecycle
 from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
 from rmemd.session.server import SessionServer
 from rmemd.units import PAGE_SIZE
 
 DRAIN_SECONDS = 5.0
+# told to the main thread by a byte, where signals tell their numbers
+MAKE_WAY = 255
 # the kernel's timer slack makes about 70 µs of it, which is what a waking thread needs
 BREATH_SECONDS = 1e-5
 EEXIST, EINVAL = 17, 22
@@ -53,10 +65,14 @@ class Daemon:
     Args:
         config: what it is told; the defaults with another ``socket_dir`` make a daemon.
         sources: where ``config`` is from, so that SIGHUP can read it anew.
+        kept: under whose keeping; nobody's by default.
     """
 
-    def __init__(self, config: Config, sources: Sources | None = None) -> None:
+    def __init__(
+        self, config: Config, sources: Sources | None = None, kept: Kept | None = None
+    ) -> None:
         self.config = config
+        self._kept = kept or Kept()
         self._sources = sources
         settings = config.daemon
         # not an Event: a signal that comes just before the main thread sleeps on a lock wakes
@@ -64,15 +80,22 @@ class Daemon:
         self._stop, self.wakeup_fd = os.pipe()
         os.set_blocking(self.wakeup_fd, False)
         self._ending = False
-        self.directory = SocketDir(settings.socket_dir, shared=config.access.mode == "shared")
+        keeping = self._kept.keeping
+        self.directory = self._kept.directory(settings, shared=config.access.mode == "shared")
+        self._kept.watch(self.directory, settings)
+        self.starts = Starts(keeping)
         guard = Guard(time.perf_counter, settings.hook_deadline_seconds, report=_report)
         options = Options(
             nframes=frames_for(settings.host_memory_bytes),
             nnodes=settings.nodes,
             seed=settings.seed,
             binding_overlap_errno=BINDING_OVERLAP_ERRNO[settings.linux_release],
+            journalled=bool(self._kept.by),
+            life=uuid.uuid4().hex,
         )
-        self.engine = Engine(options, guard)
+        self.engine = Engine(options, guard, keeping)
+        self._tell_what_was_recovered()
+        self._enter_safe_mode_if_due()
         for found in self.engine.core.registry.found:
             if found.error:
                 log.warning("plugin_quarantined", plugin=found.name, error=found.error)
@@ -84,14 +107,24 @@ class Daemon:
         self.access = Access(self.engine, clock=time.monotonic)
         self.observers = Observers(config, self.engine, version("rmemd"))
         self._put_in_force(config)
+        self.lifecycle = Lifecycle(
+            # neither of these holds the daemon, whose idle workers end when it is forgotten
+            kept_by=partial(_kept_by, self._kept),
+            starts_in_a_row=self.starts.in_a_row,
+            make_way=partial(_make_way, self.wakeup_fd),
+        )
         self.jobs = Jobs(self.engine)
         self.sessions = SessionServer(
             self.engine, self.access, self.directory.session, observers=self.observers.all
         )
         self.services = make_services(
-            self.engine, self.access, version("rmemd"), self.sessions.fds_passed, self.jobs
-        )
-        front = Front(self.engine, UnixDoor(self.access), self.observers.all)
+            self.engine, self.access, version("rmemd"), self.sessions.fds_passed, self.jobs,
+            self.lifecycle,
+        )  # fmt: skip
+        front = Front(
+            self.engine, UnixDoor(self.access), self.observers.all, life=self.engine.core.life,
+            lifecycle=self.lifecycle,
+        )  # fmt: skip
         self.rpc = RpcServer(front, self.services, UNIX_OPTIONS, reflect=True)
         self.tcp: TcpServer | None = None
         if config.tcp.listen:
@@ -106,10 +139,11 @@ class Daemon:
         """Bind, serve, announce."""
         self.observers.start()
         self.rpc.bind(f"unix:{self.directory.socket}")
-        self.sessions.bind()
+        self._bind_sessions()
         self.directory.let_in()
-        self.rpc.start()
+        self.rpc.start(is_healthy=not self.engine.core.read_only)
         self.sessions.start()
+        self._kept.settle()
         tcp = self.tcp.start() if self.tcp is not None else ""
         log.info(
             "serving",
@@ -130,13 +164,22 @@ class Daemon:
         with contextlib.suppress(OSError):
             os.write(self.wakeup_fd, b"\0")
 
-    def wait(self) -> None:
-        """Wait until asked to end, then drain and let everything go; reload as often as asked."""
-        # each byte is a signal's number, or 0 by ``stop``
+    def wait(self) -> int:
+        """Wait until asked to end, then drain and let everything go; reload as often as asked.
+
+        Returns:
+            The process's exit status: 0, or EX_SUCCESSOR.
+        """
+        # each byte is a signal's number, or one of ours
         while not self._ending:
-            if os.read(self._stop, 1)[0] == signal.SIGHUP and not self._ending:
+            told = os.read(self._stop, 1)[0]
+            if told == MAKE_WAY and not self._ending:
+                self.leave()
+                return EX_SUCCESSOR
+            if told == signal.SIGHUP and not self._ending:
                 self.reload()
         self.close()
+        return 0
 
     def reload(self) -> None:
         """Read the configuration anew; apply all that has changed, or nothing (``reload``)."""
@@ -159,7 +202,7 @@ class Daemon:
         self.access.policy = policy_of(access.mode == "shared", os.getuid(), access.admins)
         tenants = {name: _limits(one) for name, one in config.limits.tenants.items()}
         core.quotas.set(_limits(config.limits), tenants)
-        self.self_check.every(config.daemon.check_every_seconds)
+        self.self_check.every(config.daemon.check_every_seconds, config.daemon.watched_transactions)
 
     def close(self) -> None:
         """Drain and let everything go."""
@@ -167,8 +210,7 @@ class Daemon:
         log.info("draining", seconds=DRAIN_SECONDS)
         self._draining.set()
         self.self_check.close()
-        doors = [self.rpc, *([self.tcp.rpc] if self.tcp is not None else [])]
-        for door in doors:
+        for door in self._doors():
             door.announce_end()
         self.engine.drain()
         self.sessions.stop(DRAIN_SECONDS)
@@ -179,10 +221,55 @@ class Daemon:
         self.observers.close()
         self.engine.close()
         self.directory.close()
+        self._kept.close(ending=True)
+        self.starts.close()
         for fd in (self._stop, self.wakeup_fd):
             os.close(fd)
         self.wakeup_fd = -1
         log.info("stopped", revision=self.engine.revision)
+
+    # --- making way --------------------------------------------------------------------------
+    def leave(self) -> None:
+        """Take no more calls, have those under way end, and keep everything for a successor."""
+        self.lifecycle.hand_over()
+        notify("STATUS=making way for a successor")
+        log.info("making_way", seconds=DRAIN_SECONDS)
+        self._draining.set()
+        self.self_check.close()
+        self.engine.drain()
+        for door in self._doors():
+            door.announce_end()
+        # The doors stay open to the end of the process: a server that stops cancels calls that it
+        # has not looked at, which their clients take for an answer. What goes on after that time
+        # is interrupted as by a death, and resumed as after one.
+        if not self.lifecycle.wait_idle(DRAIN_SECONDS):
+            log.warning("calls_interrupted")
+        # their listener is kept, where those who come back wait for the successor
+        self.sessions.stop(DRAIN_SECONDS)
+        self.observers.close()
+        self.starts.forget()
+        self._kept.close(ending=False)
+        log.info("made_way", revision=self.engine.revision)
+
+    def _bind_sessions(self) -> None:
+        keeping = self._kept.keeping
+        listener = self.sessions.bind(keeping.take(SocketDir.LISTENER))
+        keeping.keep(SocketDir.LISTENER, listener)
+
+    def _tell_what_was_recovered(self) -> None:
+        recovered = self.engine.recovered
+        if recovered is not None:
+            tell = log.error if recovered.lost else log.info
+            tell("recovered", life=self.engine.core.life, **asdict(recovered))
+
+    def _enter_safe_mode_if_due(self) -> None:
+        limit, row = self.settings.crash_loop_starts, self.starts.in_a_row
+        if limit and row >= limit:
+            self.engine.core.read_only = f"safe mode after {row} starts in a row"
+            log.error("safe_mode", starts_in_a_row=row, leave_by="rmemctl host upgrade")
+
+    def _doors(self) -> list[RpcServer]:
+        return [self.rpc, *([self.tcp.rpc] if self.tcp is not None else [])]
 
 
 def _limits(of: TenantLimits) -> Limits:
@@ -197,6 +284,15 @@ def _breathe() -> None:
     every other call take a second. It takes a real pause, however short.
     """
     time.sleep(BREATH_SECONDS)
+
+
+def _kept_by(kept: Kept) -> KeptBy:
+    return KeptBy(kept.by, kept.keeper)
+
+
+def _make_way(wakeup_fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.write(wakeup_fd, bytes([MAKE_WAY]))
 
 
 def _pause(draining: threading.Event, seconds: float) -> None:

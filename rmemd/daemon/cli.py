@@ -1,26 +1,31 @@
 """The command ``rmemd``: options, signals, exit codes.
 
-Owns the command line. Exit codes: 2 usage, as click's programs have it; then those of sysexits: 73
-cannot create, 75 another daemon serves the directory, 77 unsafe directory, 78 configuration.
+Owns the command line. Exit codes: 2 usage, as click's programs have it; then those of sysexits: 65
+a journal that this version cannot read, 73 cannot create, 75 another daemon serves the directory,
+77 unsafe directory, 78 configuration; 133 it makes way for its successor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from rmemd.daemon.tracecli import trace
+
 if TYPE_CHECKING:
     from rmemd.daemon.app import Daemon
     from rmemd.daemon.configload import Loaded, Sources
+    from rmemd.daemon.kept import Kept
 
-EX_USAGE, EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 2, 73, 75, 77, 78
+EX_USAGE, EX_DATAERR, EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 2, 65, 73, 75, 77, 78
 
 
 class Size(click.ParamType[int]):
@@ -84,6 +89,11 @@ def _sources(command: Callable[..., Any]) -> Callable[..., Any]:
     "--log-json/--log-console", default=None,
     help="Default: console on a tty.  [daemon.log_format: auto]",
 )  # fmt: skip
+@click.option(
+    "--keeper/--no-keeper",
+    default=None,
+    help="Whether a keeper process keeps guests' memory.  [daemon.keeper: auto]",
+)
 @click.option("--tcp", metavar="HOST:PORT", help="Serve over TCP too.  [tcp.listen]")
 @click.option(
     "--insecure", is_flag=True, help="Without TLS, on loopback only.  [tcp.insecure: false]"
@@ -91,6 +101,9 @@ def _sources(command: Callable[..., Any]) -> Callable[..., Any]:
 def serve(file: Path | None, sets: tuple[str, ...], ready_fd: int | None, **options: Any) -> None:
     """Serve until SIGTERM or SIGINT; a second signal ends at once. SIGHUP reads the configuration
     anew. Options override --set, which overrides the file; in brackets: the key, and its default.
+
+    This process becomes a small keeper, which starts the daemon again should it die, with all of
+    guests' memory; see docs/operating.md.
     """
     # Start-up only adds objects, and all of them stay: nothing to collect now, nor to go over later
     gc.disable()
@@ -108,17 +121,24 @@ def serve(file: Path | None, sets: tuple[str, ...], ready_fd: int | None, **opti
     )
     from rmemd.daemon.hardening import harden
 
+    kept = _kept(loaded, ready_fd)
     harden(settings.debuggable)
-    daemon = _started(loaded, sources, ready_fd)
+    daemon = _started(loaded, sources, ready_fd if kept.is_first else None, kept)
     gc.freeze()
     gc.enable()
-    daemon.wait()
+    status = daemon.wait()
+    if status:
+        # who makes way goes as if killed: nothing is waited for that a successor goes on with
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, tuple[str, object]]:
     """Return the options that were given, by the key that each overrides."""
     if options["log_json"] is not None:
         options["log_json"] = "json" if options["log_json"] else "console"
+    if options["keeper"] is not None:
+        options["keeper"] = "on" if options["keeper"] else "off"
     keys = {
         "socket_dir": ("daemon.socket_dir", "--socket-dir"),
         "host_memory": ("daemon.host_memory", "--host-memory"),
@@ -128,6 +148,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, tuple[str, object]]:
         "hook_deadline": ("daemon.hook_deadline_seconds", "--hook-deadline"),
         "log_level": ("daemon.log_level", "--log-level"),
         "log_json": ("daemon.log_format", f"--log-{options['log_json']}"),
+        "keeper": ("daemon.keeper", f"--{'' if options['keeper'] == 'on' else 'no-'}keeper"),
         "tcp": ("tcp.listen", "--tcp"),
         "insecure": ("tcp.insecure", "--insecure"),
     }
@@ -150,31 +171,56 @@ def _load(sources: Sources) -> Loaded:
         sys.exit(EX_USAGE if error.is_usage else EX_CONFIG)
 
 
-def _started(loaded: Loaded, sources: Sources, ready_fd: int | None) -> Daemon:
+def _kept(loaded: Loaded, ready_fd: int | None) -> Kept:
+    """Have the daemon kept; what returns may be a child of the process that was started."""
+    from rmemd.daemon.kept import begin
+
+    with _failures():
+        return begin(loaded.config.daemon, loaded.config.access.mode == "shared", ready_fd)
+    raise AssertionError("unreachable: failing exits")
+
+
+def _started(loaded: Loaded, sources: Sources, ready_fd: int | None, kept: Kept) -> Daemon:
     from rmemd.daemon.app import Daemon
-    from rmemd.daemon.sockets import AlreadyServed, UnsafeDirectory
+    from rmemd.daemon.kept import OWN
     from rmemd.daemon.telemetry import ExtraMissing
+    from rmemd.store.values import JournalUnreadable
+
+    with _failures():
+        try:
+            daemon = Daemon(loaded.config, sources, kept)
+        except ExtraMissing as error:
+            _fail(error, EX_CONFIG)
+        except JournalUnreadable as error:
+            _fail(error, EX_DATAERR)
+        os.umask(0o177)
+        # our keeper sees to a second signal, and passes on a first one that we may have got too
+        _on_signals(daemon.stop, daemon.wakeup_fd, repeats=kept.by != OWN)
+        daemon.start(ready_fd)
+        return daemon
+    raise AssertionError("unreachable: failing exits")
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """Exit with what is said of a failure to start."""
+    from rmemd.daemon.sockets import AlreadyServed, UnsafeDirectory
 
     try:
-        daemon = Daemon(loaded.config, sources)
-        os.umask(0o177)
-        _on_signals(daemon.stop, daemon.wakeup_fd)
-        daemon.start(ready_fd)
+        yield
     except AlreadyServed as error:
         _fail(error, EX_TEMPFAIL)
     except UnsafeDirectory as error:
         _fail(error, EX_NOPERM)
-    except ExtraMissing as error:
-        _fail(error, EX_CONFIG)
     except (OSError, RuntimeError) as error:
         _fail(error, EX_CANTCREAT)
-    return daemon
 
 
-def _on_signals(stop: Callable[[], None], wakeup_fd: int) -> None:
+def _on_signals(stop: Callable[[], None], wakeup_fd: int, repeats: bool) -> None:
     def end(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
+        if repeats:
+            signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
         stop()
 
     # full of reloads that are still to be done: one more says nothing new
@@ -188,6 +234,13 @@ def _on_signals(stop: Callable[[], None], wakeup_fd: int) -> None:
 def _fail(error: Exception, code: int) -> NoReturn:
     click.echo(f"rmemd: {error}", err=True)
     sys.exit(code)
+
+
+@main.command()
+def unit() -> None:
+    """Write a unit for systemd that has this rmemd kept by its descriptor store."""
+    template = Path(__file__).with_name("rmemd.service").read_text()
+    click.echo(template.replace("@RMEMD@", str(Path(sys.argv[0]).absolute())), nl=False)
 
 
 # --- rmemd config ---------------------------------------------------------------------------------
@@ -262,3 +315,6 @@ def certs(
     for certificate, key in made.files.values():
         click.echo(f"# {certificate} and {key.name}")
     click.echo(made.toml)
+
+
+main.add_command(trace)

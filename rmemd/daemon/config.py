@@ -126,6 +126,38 @@ class DaemonSection(Section, frozen=True):
             reloadable=True, ge=0.0, le=86400.0,
         ),
     ] = 0.0  # fmt: skip
+    keeper: Annotated[
+        Literal["auto", "on", "off"],
+        _key(
+            "Whether a small process keeps guests' memory beyond the daemon's death and starts it "
+            "again. auto: unless the service manager has a descriptor store for it, which then "
+            "does that; off: its memory goes with the daemon."
+        ),
+    ] = "auto"
+    restart_delay_max_seconds: Annotated[
+        float,
+        _key(
+            "The longest pause before the keeper starts a daemon again that dies again and again; "
+            "0: none.",
+            ge=0.0, le=86400.0,
+        ),
+    ] = 5.0  # fmt: skip
+    crash_loop_starts: Annotated[
+        int,
+        _key(
+            "After so many starts in a row, each less than 10 s after the one before, the daemon "
+            "keeps its memory and changes nothing any more (safe mode); 0: never.",
+            ge=0, le=1000,
+        ),
+    ] = 10  # fmt: skip
+    watched_transactions: Annotated[
+        int,
+        _key(
+            "Transactions after each such check that are watched for what no state shows, which "
+            "more than doubles what they cost; 0: none.",
+            reloadable=True, ge=0, le=1_000_000,
+        ),
+    ] = 0  # fmt: skip
     log_level: Annotated[
         Literal["debug", "info", "warning"], _key("The least that is logged.", reloadable=True)
     ] = "info"

@@ -36,6 +36,9 @@ class _Stream:
     def flush(self) -> None:
         (self._to or sys.stderr).flush()
 
+    def fileno(self) -> int:
+        return (self._to or sys.stderr).fileno()
+
 
 class _Level:
     """The least that is logged, as logging counts."""

@@ -1,8 +1,9 @@
 """The daemon's check of itself: every so often all invariants, over the state as it is.
 
 Owns the thread and its rhythm. A check holds the engine's lock for a sweep of the host, so the
-pause is from the end of one to the beginning of the next. What is violated is logged as errors; the
-daemon goes on, since nobody knows which of its guests are concerned.
+pause is from the end of one to the beginning of the next. After it some transactions are watched
+(``engine.monitors``), and what was seen is in the next check. What is violated is logged as errors;
+the daemon goes on, since nobody knows which of its guests are concerned.
 """
 
 from __future__ import annotations
@@ -26,14 +27,18 @@ class SelfCheck:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._every_seconds = 0.0
+        self._watched = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._ending = False
 
-    def every(self, seconds: float) -> None:
-        """Set the pause between two checks; the first comes after one."""
+    def every(self, seconds: float, watched: int = 0) -> None:
+        """Set the pause between two checks, and how many transactions to watch after each.
+
+        The first comes after a pause.
+        """
         with self._changed:
-            self._every_seconds = seconds
+            self._every_seconds, self._watched = seconds, watched
             if seconds and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="self-check", daemon=True)
                 self._thread.start()
@@ -50,6 +55,8 @@ class SelfCheck:
     def _run(self) -> None:
         while self._is_due():
             report(self._engine.check())
+            if self._watched:
+                self._engine.watch(self._watched)
 
     def _is_due(self) -> bool:
         """Wait out the pause; return whether to check, which is until the end."""

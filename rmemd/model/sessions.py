@@ -1,7 +1,7 @@
 """Who holds what: sessions, what each was granted, and the pins that clients took.
 
 Owns the ``sessions`` and ``pins`` records. A session is a client that can end; what it made and
-holds ends with it. Tokens, processes and leases are not state and live with the doors.
+holds ends with it. Tokens, processes and leases are not state: the doors keep notes of them.
 """
 
 from __future__ import annotations

@@ -52,11 +52,11 @@ class ConsumerService:
 
     def UnloadPlugin(self, request: pb.UnloadPluginRequest, call: Call) -> pb.UnloadPluginResponse:
         offered = self._engine.unload_plugin(request.name)
-        return pb.UnloadPluginResponse(revision=self._engine.revision, consumers=offered)
+        return pb.UnloadPluginResponse(revision=self._engine.answered, consumers=offered)
 
     def ReloadPlugin(self, request: pb.ReloadPluginRequest, call: Call) -> pb.ReloadPluginResponse:
         reloaded = self._engine.reload_plugin(request.name)
-        revision = self._engine.revision
+        revision = self._engine.answered
         reply = pb.ReloadPluginResponse(
             revision=revision, previous_version=reloaded.before.version,
             version=reloaded.now.version,

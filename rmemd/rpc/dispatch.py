@@ -29,25 +29,29 @@ from google.protobuf.message_factory import GetMessageClass
 from rmemd.access.callers import Caller
 from rmemd.access.rules import admit
 from rmemd.engine.cancel import Cancelled
+from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.quotas import UNLIMITED, Quotas, over
 from rmemd.errors import (
     BAD_REQUEST,
     INTERNAL,
+    MEMORY_LOST,
     MESSAGE_TOO_BIG,
     SYSTEM_MEMORY,
     TOO_MANY,
     RmemError,
 )
 from rmemd.rpc.doors import Door
+from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.observe import Called, Observer, tell
-from rmemd.rpc.replies import Refused, Replies, Turn
+from rmemd.rpc.replies import CallKey, Refused, Replies, Turn
 from rmemd.rpc.status import shorten, to_status
 
 BULK_BYTES = (1 << 20) + (1 << 16)
 SMALL_BYTES = 1 << 16
 STREAMS_MAX = 16
-# by this metadata of a stream one tells a daemon from the one that was started after it
+# by this metadata of a reply one tells a daemon from another that has none of its memory; a call
+# that carries it means that daemon, and no other
 DAEMON = "rmem-daemon"
 # a call that could go on for ever ends so long before its client gives up
 DEADLINE_MARGIN_SECONDS = 0.1
@@ -66,16 +70,31 @@ class Front:
     engine: Engine
     door: Door
     observers: Sequence[Observer] = ()
-    replies: Replies = field(default_factory=Replies)
-    life: str = field(default_factory=lambda: uuid.uuid4().hex)
+    life: str = ""
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    replies: Replies = field(init=False)
+
+    def __post_init__(self) -> None:
+        core = self.engine.core
+        # by this a client tells this daemon from another; memory without a name goes with us
+        object.__setattr__(self, "life", self.life or core.life or uuid.uuid4().hex)
+        object.__setattr__(self, "replies", Replies(core=core))
 
 
 class Call:
-    """One call, as a service's method sees it."""
+    """One call, as a service's method sees it.
 
-    def __init__(self, context: grpc.ServicerContext, caller: Caller) -> None:
+    Attributes:
+        caller: who makes it.
+        key: its name, which a repeat of it has too; None if it has no request id.
+    """
+
+    def __init__(
+        self, context: grpc.ServicerContext, caller: Caller, key: CallKey | None = None
+    ) -> None:
         self._context = context
         self.caller = caller
+        self.key = key
 
     def is_over(self) -> bool:
         """Return whether the client went away or its deadline is about to pass."""
@@ -138,9 +157,18 @@ def _handler(
             if isinstance(turn, bytes):
                 return turn
             request = _parse(request_class, data, limit)
-            admit(front.engine.core, call.caller, name, request)
-            reply: Message = function(request, call)
-            return reply if turn is None else turn.replied(reply.SerializeToString())
+            core = front.engine.core
+            if turn is None:
+                admit(core, call.caller, name, request)
+                unnamed: Message = function(request, call)
+                return unnamed
+            call.key = turn.key
+            with core.calls.of(turn.key):
+                # what a daemon before this one has carried out, it has admitted
+                if not core.calls.is_repeat():
+                    admit(core, call.caller, name, request)
+                reply: Message = function(request, call)
+            return turn.replied(reply.SerializeToString())
         raise AssertionError("unreachable: aborting raises")
 
     def stream(data: bytes, context: grpc.ServicerContext) -> Iterator[Message]:
@@ -182,6 +210,11 @@ class _Streams:
         """Return how many a tenant has open, or all (None)."""
         return self._open.total() if tenant is None else self._open[tenant]
 
+    def counts(self) -> dict[str, int]:
+        """Return how many each tenant has open."""
+        with self._lock:
+            return dict(self._open)
+
     @contextmanager
     def of(self, tenant: str, quotas: Quotas) -> Iterator[None]:
         """Have one open."""
@@ -202,6 +235,14 @@ class _Streams:
 _streams = _Streams()
 
 
+def few_watches(core: Core) -> Iterator[str]:
+    """I18: a tenant's open watches are within the highest limit it ever had."""
+    for tenant, count in _streams.counts().items():
+        most = core.quotas.most(tenant).watches
+        if most != UNLIMITED and count > most:
+            yield f"I18: {tenant} has {count} watches of {most}"
+
+
 def open_streams(tenant: str | None = None) -> int:
     """Return how many streams a tenant has open, of every server in this process; None: all."""
     return _streams.count(tenant)
@@ -217,6 +258,7 @@ class _Answering:
 
     def __enter__(self) -> _Answering:
         self._begun = time.perf_counter()
+        self._front.engine.core.answered.begin()
         self._correlation = f"{os.getpid():x}-{next(_numbers):x}"
         return self
 
@@ -225,10 +267,23 @@ class _Answering:
         return structlog.contextvars.bound_contextvars(correlation=self._correlation)
 
     def call(self) -> Call:
-        """Ask the door who calls."""
+        """Have the call begin, if it means this daemon, and ask the door who calls."""
+        self._meet()
+        self._front.lifecycle.begin(self._context.add_callback)
         caller = self._front.door.caller(self._context)
         self._tenant = caller.tenant
         return Call(self._context, caller)
+
+    def _meet(self) -> None:
+        """Refuse who means another daemon; tell who does not know this one yet."""
+        life, context = self._front.life, self._context
+        known = [value for key, value in context.invocation_metadata() or () if key == DAEMON]
+        if not known:
+            context.set_trailing_metadata(((DAEMON, life),))
+        elif known != [life]:
+            raise MEMORY_LOST(
+                "this is not the daemon that the caller knew: that one has ended", field=DAEMON
+            )
 
     def turn(self, caller: Caller, data: bytes) -> Turn | bytes | None:
         """Return the bytes that the same call was answered before, or the turn to carry it out."""
@@ -241,6 +296,7 @@ class _Answering:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         took = round((time.perf_counter() - self._begun) * 1e3, 3)
+        error = self._front.lifecycle.seen_by_caller(error)
         if error is None or isinstance(error, GeneratorExit):
             log.debug("call", method=self._name, ms=took)
             self._tell("OK" if error is None else "CANCELLED")
@@ -259,7 +315,7 @@ class _Answering:
         self._tell(refusal.reason.kind.code, refusal.reason.name)
         status = None
         try:
-            status = to_status(refusal, self._front.engine.revision, correlation)
+            status = to_status(refusal, self._front.engine.answered, correlation)
         finally:
             if self._turn is not None:
                 self._turn.refused(status)

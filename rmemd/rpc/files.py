@@ -23,7 +23,7 @@ class FileService:
 
     def CreateFile(self, request: pb.CreateFileRequest, call: Call) -> pb.CreateFileResponse:
         file = self._engine.create_file(request.vm, request.size_bytes, request.flags)
-        return pb.CreateFileResponse(revision=self._engine.revision, file=file.info.file)
+        return pb.CreateFileResponse(revision=self._engine.answered, file=file.info.file)
 
     def GetFile(self, request: pb.GetFileRequest, call: Call) -> pb.GetFileResponse:
         revision, file = self._engine.read(
@@ -43,13 +43,13 @@ class FileService:
 
     def CloseFile(self, request: pb.CloseFileRequest, call: Call) -> pb.CloseFileResponse:
         freed = self._engine.close_file(request.file)
-        return pb.CloseFileResponse(revision=self._engine.revision, freed_pages=freed)
+        return pb.CloseFileResponse(revision=self._engine.answered, freed_pages=freed)
 
     def Fallocate(self, request: pb.FallocateRequest, call: Call) -> pb.FallocateResponse:
         pages = self._engine.fallocate(
             request.file, request.mode, request.offset_bytes, request.length_bytes
         )
-        return pb.FallocateResponse(revision=self._engine.revision, pages=pages)
+        return pb.FallocateResponse(revision=self._engine.answered, pages=pages)
 
     def ConvertFile(self, request: pb.ConvertFileRequest, call: Call) -> pb.ConvertFileResponse:
         done = self._engine.convert_file(
@@ -60,7 +60,7 @@ class FileService:
             request.flags,
         )
         return pb.ConvertFileResponse(
-            revision=self._engine.revision, changed_pages=done.changed_pages, content=done.content
+            revision=self._engine.answered, changed_pages=done.changed_pages, content=done.content
         )
 
     def ReadShared(self, request: pb.ReadSharedRequest, call: Call) -> pb.ReadSharedResponse:
@@ -76,25 +76,25 @@ class FileService:
             call.caller.session,
             call.cancelled,
         )
-        return pb.ReadSharedResponse(revision=self._engine.revision, data=data)
+        return pb.ReadSharedResponse(revision=self._engine.answered, data=data)
 
     def WriteShared(self, request: pb.WriteSharedRequest, call: Call) -> pb.WriteSharedResponse:
         self._engine.write_shared(
             request.file, request.offset_bytes, request.data, call.caller.session, call.cancelled
         )
-        return pb.WriteSharedResponse(revision=self._engine.revision)
+        return pb.WriteSharedResponse(revision=self._engine.answered)
 
     def SetPolicy(self, request: pb.SetPolicyRequest, call: Call) -> pb.SetPolicyResponse:
         self._engine.set_policy(
             request.file, request.offset_bytes, request.length_bytes, request.policy,
             tuple(request.nodes),
         )  # fmt: skip
-        return pb.SetPolicyResponse(revision=self._engine.revision)
+        return pb.SetPolicyResponse(revision=self._engine.answered)
 
     def GetPolicy(self, request: pb.GetPolicyRequest, call: Call) -> pb.GetPolicyResponse:
         policy = self._engine.get_policy(request.file, request.offset_bytes)
         return pb.GetPolicyResponse(
-            revision=self._engine.revision, policy=policy.policy, nodes=policy.nodes
+            revision=self._engine.answered, policy=policy.policy, nodes=policy.nodes
         )
 
     def PinPages(self, request: pb.PinPagesRequest, call: Call) -> pb.PinPagesResponse:
@@ -107,11 +107,11 @@ class FileService:
             call.caller.owner,
             call.cancelled,
         )
-        return pb.PinPagesResponse(revision=self._engine.revision, pin=pin)
+        return pb.PinPagesResponse(revision=self._engine.answered, pin=pin)
 
     def UnpinPages(self, request: pb.UnpinPagesRequest, call: Call) -> pb.UnpinPagesResponse:
         self._engine.unpin(request.pin)
-        return pb.UnpinPagesResponse(revision=self._engine.revision)
+        return pb.UnpinPagesResponse(revision=self._engine.answered)
 
     def ListPins(self, request: pb.ListPinsRequest, call: Call) -> pb.ListPinsResponse:
         caller = call.caller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import cast
 
@@ -10,7 +11,7 @@ import numpy as np
 from rmem.v1 import host_pb2 as pb
 from rmem.v1 import types_pb2
 from rmemd.access.callers import Caller
-from rmemd.engine import faultpoints, invariants, queries
+from rmemd.engine import faultpoints, queries
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -22,6 +23,7 @@ from rmemd.hooks.types import Agent
 from rmemd.model import buddy
 from rmemd.model.host import NodeRange
 from rmemd.rpc.dispatch import Call
+from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.status import holder_of, refusal_of
 from rmemd.units import I64, MAX_GFN, PAGE_SIZE, run_breaks
 
@@ -41,14 +43,24 @@ AGENTS: dict[int, Agent] = {
 class HostService:
     """The host."""
 
-    def __init__(self, engine: Engine, version: str) -> None:
+    def __init__(self, engine: Engine, version: str, lifecycle: Lifecycle | None = None) -> None:
         self._engine = engine
         self._version = version
+        self._lifecycle = lifecycle or Lifecycle()
 
     def GetHost(self, request: pb.GetHostRequest, call: Call) -> pb.GetHostResponse:
         revision, reply = self._engine.read(lambda core: _host(core, call.caller))
         reply.revision, reply.version = revision, self._version
+        kept_by = self._lifecycle.kept_by()
+        reply.daemon_pid, reply.kept_by, reply.keeper_pid = os.getpid(), kept_by.name, kept_by.pid
+        reply.starts_in_a_row = self._lifecycle.starts_in_a_row
         return reply
+
+    def Upgrade(self, request: pb.UpgradeRequest, call: Call) -> pb.UpgradeResponse:
+        self._lifecycle.upgrade()
+        return pb.UpgradeResponse(
+            revision=self._engine.answered, version=self._version, daemon_pid=os.getpid()
+        )
 
     def GetPageMap(self, request: pb.GetPageMapRequest, call: Call) -> pb.GetPageMapResponse:
         revision, reply = self._engine.read(lambda core: _page_map(core, request))
@@ -64,19 +76,19 @@ class HostService:
     def ReadPhysical(self, request: pb.ReadPhysicalRequest, call: Call) -> pb.ReadPhysicalResponse:
         agent, bus = _agent(request.agent, request.level)
         data = self._engine.read_physical(request.pfn, request.npages, agent, bus)
-        return pb.ReadPhysicalResponse(revision=self._engine.revision, data=data)
+        return pb.ReadPhysicalResponse(revision=self._engine.answered, data=data)
 
     def WritePhysical(
         self, request: pb.WritePhysicalRequest, call: Call
     ) -> pb.WritePhysicalResponse:
         agent, bus = _agent(request.agent, request.level)
         self._engine.write_physical(request.pfn, request.data, agent, bus)
-        return pb.WritePhysicalResponse(revision=self._engine.revision)
+        return pb.WritePhysicalResponse(revision=self._engine.answered)
 
     def CopyPhysical(self, request: pb.CopyPhysicalRequest, call: Call) -> pb.CopyPhysicalResponse:
         agent, bus = _agent(request.agent, request.level)
         self._engine.copy_physical(request.src_pfn, request.dst_pfn, request.npages, agent, bus)
-        return pb.CopyPhysicalResponse(revision=self._engine.revision)
+        return pb.CopyPhysicalResponse(revision=self._engine.answered)
 
     def Migrate(self, request: pb.MigrateRequest, call: Call) -> pb.MigrateResponse:
         return migrate(self._engine, request)
@@ -89,13 +101,12 @@ class HostService:
 
     def Online(self, request: pb.OnlineRequest, call: Call) -> pb.OnlineResponse:
         online = self._engine.online(request.pfns.start, request.pfns.npages)
-        return pb.OnlineResponse(revision=self._engine.revision, online=online)
+        return pb.OnlineResponse(revision=self._engine.answered, online=online)
 
     def Poison(self, request: pb.PoisonRequest, call: Call) -> pb.PoisonResponse:
-        _, pfn = self._engine.read(lambda core: _resolve(core, request.page))
-        done = self._engine.poison(pfn)
+        done = self._engine.poison(lambda core: _resolve(core, request.page))
         return pb.PoisonResponse(
-            revision=self._engine.revision, pfn=done.pfn, vm=done.vm, vm_lost=done.vm_lost,
+            revision=self._engine.answered, pfn=done.pfn, vm=done.vm, vm_lost=done.vm_lost,
             text=done.text,
         )  # fmt: skip
 
@@ -108,9 +119,12 @@ class HostService:
 
     def CheckHost(self, request: pb.CheckHostRequest, call: Call) -> pb.CheckHostResponse:
         done = self._engine.check()
-        reply = pb.CheckHostResponse(revision=done.revision, held_seconds=done.seconds)
-        for number, meaning in invariants.checked().items():
-            reply.checked.add(invariant=number, meaning=meaning)
+        reply = pb.CheckHostResponse(
+            revision=done.revision, held_seconds=done.seconds, watched_transactions=done.watched
+        )
+        for one in self._engine.listed(done):
+            status = pb.InvariantStatus.Value(f"INVARIANT_STATUS_{one.status.name}")
+            reply.checked.add(invariant=one.number, meaning=one.meaning, status=status)
         for violated in done.violated[:VIOLATIONS_MAX]:
             number, _, text = violated.partition(": ")
             reply.violations.add(invariant=number, text=text)
@@ -122,7 +136,7 @@ class HostService:
             rule.vm, rule.point, rule.error, rule.nth or 1, rule.times or 1,
             rule.probability or 1.0, rule.delay_ms,
         )  # fmt: skip
-        return pb.AddFaultRuleResponse(revision=self._engine.revision, rule=made.rule)
+        return pb.AddFaultRuleResponse(revision=self._engine.answered, rule=made.rule)
 
     def ListFaultRules(
         self, request: pb.ListFaultRulesRequest, call: Call
@@ -140,7 +154,7 @@ class HostService:
         self, request: pb.RemoveFaultRuleRequest, call: Call
     ) -> pb.RemoveFaultRuleResponse:
         self._engine.remove_fault_rule(request.rule)
-        return pb.RemoveFaultRuleResponse(revision=self._engine.revision)
+        return pb.RemoveFaultRuleResponse(revision=self._engine.answered)
 
     def ExplainReason(
         self, request: pb.ExplainReasonRequest, call: Call
@@ -151,7 +165,7 @@ class HostService:
         if wanted[0] not in known:
             raise NO_SUCH_REASON(f"no reason {request.reason!r}", field="reason")
         return pb.ExplainReasonResponse(
-            revision=self._engine.revision, reasons=[_reason(known[name]) for name in wanted]
+            revision=self._engine.answered, reasons=[_reason(known[name]) for name in wanted]
         )
 
     def GetWaitGraph(self, request: pb.GetWaitGraphRequest, call: Call) -> pb.GetWaitGraphResponse:
@@ -173,7 +187,7 @@ def migrate(
     _, pfns = engine.read(lambda core: to_move(core, request))
     node = request.node if request.HasField("node") else None
     done = engine.migrate(pfns, node, report, who)
-    return pb.MigrateResponse(revision=engine.revision, report=_report(done))
+    return pb.MigrateResponse(revision=engine.answered, report=_report(done))
 
 
 def compact(
@@ -182,7 +196,7 @@ def compact(
     """Compact a node, telling ``report`` on the way; return the reply."""
     done = engine.compact(request.node, report, who)
     return pb.CompactResponse(
-        revision=engine.revision, report=_report(done.report), free_2m_before=done.free_2m_before,
+        revision=engine.answered, report=_report(done.report), free_2m_before=done.free_2m_before,
         free_2m_after=done.free_2m_after, blocked_2m=done.blocked_2m,
     )  # fmt: skip
 
@@ -193,7 +207,7 @@ def offline(
     """Empty frames, telling ``report`` on the way; return the reply."""
     done = engine.offline(request.pfns.start, request.pfns.npages, report, who)
     return pb.OfflineResponse(
-        revision=engine.revision, report=_report(done.report), offline=done.offline
+        revision=engine.answered, report=_report(done.report), offline=done.offline
     )
 
 
@@ -255,6 +269,7 @@ def _host(core: Core, caller: Caller) -> pb.GetHostResponse:
         sessions=sum(caller.sees(info.owner) for info in core.sessions.all()),
         daemon_rss_bytes=_rss(), daemon_fds=_fds(),
         nodes=[_node(core, node) for node in core.host.nodes],
+        read_only=core.read_only, life=core.life,
     )  # fmt: skip
     for use, npages in counts.items():
         reply.counts.add(use=int(use) + 1, npages=npages)

@@ -2,7 +2,9 @@
 
 Owns the threads, the cancelling and the results. A job is a call of the engine that moves pages;
 its report grows while it runs and is its progress. Nothing here looks again and again: who waits
-for a job is woken by it. Results are bounded in number and in bytes, the oldest go first.
+for a job is woken by it. Results are bounded in number and in bytes, the oldest go first. A job is
+a note from its start on, so that a daemon which is started again has the results; one that ran when
+the daemon died has ended, and says so.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
 from rmem.v1 import job_pb2
+from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.migrate import Outcome, Report
-from rmemd.errors import JOB_CANCELLED, NO_SUCH_OPERATION, TOO_MANY, RmemError
+from rmemd.errors import (
+    DAEMON_RESTARTED,
+    JOB_CANCELLED,
+    NO_SUCH_OPERATION,
+    TOO_MANY,
+    RmemError,
+)
 from rmemd.rpc.dispatch import name_error
+from rmemd.rpc.replies import CallKey
 from rmemd.rpc.status import status_of
 
 PREFIX = "operations/"
@@ -34,9 +44,22 @@ FINISHED_BYTES_MAX = 64 << 20
 # each occupies a worker of the server, as a watch does
 WAITS_MAX = 16
 
+# the kinds of notes: by number; and the last number, which is never given again
+JOBS, LAST_JOB = "jobs", "last job"
+
 log = structlog.get_logger("rmemd.jobs")
 
 Work = Callable[[Report, str], Message]
+
+
+@dataclass(frozen=True)
+class KeptJob:
+    """A job as a note: what it is, by which call it was started, and its operation at its end."""
+
+    kind: str
+    tenant: str
+    call: CallKey | None
+    finished: bytes = b""
 
 
 @dataclass(eq=False)
@@ -46,6 +69,7 @@ class Job:
     number: int
     kind: str
     tenant: str
+    call: CallKey | None = None
     asked_to_stop: threading.Event = field(default_factory=threading.Event)
     report: Report = field(default_factory=Report)
     finished: operations_pb2.Operation | None = None
@@ -86,9 +110,18 @@ class Job:
         self.finished = over
         self.report = Report()
 
+    def note(self) -> KeptJob:
+        """Return it as a note."""
+        over = b"" if self.finished is None else self.finished.SerializeToString()
+        return KeptJob(self.kind, self.tenant, self.call, over)
+
 
 class Jobs:
-    """The jobs of a daemon. Safe from any thread."""
+    """The jobs of a daemon. Safe from any thread.
+
+    The engine's lock, which notes take, may be asked for under the lock of these, never the other
+    way round.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -98,28 +131,54 @@ class Jobs:
         self._threads: dict[Job, threading.Thread] = {}
         self._waits = 0
         self._closing = False
+        self._notes = engine.core.notes
+        self._take_over()
 
-    def start(self, kind: str, tenant: str, work: Work) -> Job:
+    def _take_over(self) -> None:
+        """Have the jobs of the daemon before this one; what ran has ended with it."""
+        self._count = self._notes.get(LAST_JOB, "", 0)
+        for number, kept in self._notes.items(JOBS):
+            job = self._known[number] = Job(number, kept.kind, kept.tenant, kept.call)
+            if kept.finished:
+                job.finished = operations_pb2.Operation.FromString(kept.finished)
+            else:
+                refusal = DAEMON_RESTARTED(f"{job.name} ran when the daemon ended", where=job.kind)
+                job.end(None, status_of(refusal, self._engine.revision, job.name))
+                self._notes.set(JOBS, number, job.note())
+
+    def start(self, kind: str, tenant: str, work: Work, call: CallKey | None = None) -> Job:
         """Run ``work(report, name)`` on a thread of its own; its message is the response.
+
+        A repeat of the ``call`` that started one, before the daemon died, gets that one.
 
         Raises:
             Exhausted: TOO_MANY jobs run.
             Cancelled: JOB_CANCELLED; the daemon ends.
         """
         with self._changed:
+            started = self._started_by(call)
+            if started is not None:
+                return started
             if self._closing:
                 raise JOB_CANCELLED("the daemon ends and starts no jobs")
             if len(self._threads) >= RUNNING_MAX:
                 raise TOO_MANY(f"{RUNNING_MAX} long jobs run", where="jobs")
             self._count += 1
-            job = Job(self._count, kind, tenant)
+            job = Job(self._count, kind, tenant, call)
             thread = threading.Thread(
                 target=self._run, args=(job, work), name=job.name, daemon=True
             )
             self._known[job.number] = job
             self._threads[job] = thread
+            self._notes.set(LAST_JOB, "", job.number, flush=False)
+            self._notes.set(JOBS, job.number, job.note())
         thread.start()
         return job
+
+    def _started_by(self, call: CallKey | None) -> Job | None:
+        if call is None:
+            return None
+        return next((job for job in self._known.values() if job.call == call), None)
 
     def find(self, name: str, may_see: Callable[[str], bool]) -> Job:
         """Return a job by its operation's name, if its tenant may be seen.
@@ -166,10 +225,22 @@ class Jobs:
         # it may wait for a range that is in progress elsewhere
         self._engine.core.wake()
 
-    def delete(self, job: Job) -> None:
-        """Forget a job and its result; one that runs goes on, and nobody will know."""
+    def delete(self, name: str, may_see: Callable[[str], bool]) -> None:
+        """Forget a job and its result; one that runs goes on, and nobody will know.
+
+        Raises:
+            NotFound: as ``find``, unless a call that is repeated has deleted it.
+        """
+
+        def drop(core: Core) -> None:
+            core.notes.drop(JOBS, number)
+
+        if self._engine.core.calls.is_repeat():
+            return
+        number = self.find(name, may_see).number
         with self._changed:
-            self._known.pop(job.number, None)
+            self._known.pop(number, None)
+            self._engine.settle(drop)
 
     def close(self, seconds: float) -> None:
         """Cancel what runs and wait for it, up to ``seconds`` in all."""
@@ -188,6 +259,9 @@ class Jobs:
             response, error = self._outcome(job, work)
         with self._changed:
             job.end(response, error)
+            # noted before anybody can be told
+            if job.number in self._known:
+                self._notes.set(JOBS, job.number, job.note())
             del self._threads[job]
             self._drop_oldest()
             self._changed.notify_all()
@@ -204,10 +278,10 @@ class Jobs:
             response = work(job.report, job.name)
         except Exception as error:
             refusal = name_error(error, job.name)
-            return None, status_of(refusal, self._engine.revision, job.name)
+            return None, status_of(refusal, self._engine.answered, job.name)
         if not job.report.stopped:
             return response, None
-        status = status_of(_cancelled(job), self._engine.revision, job.name)
+        status = status_of(_cancelled(job), self._engine.answered, job.name)
         status.details.append(_packed(response))
         return None, status
 
@@ -222,6 +296,7 @@ class Jobs:
             if kept <= FINISHED_MAX and held <= FINISHED_BYTES_MAX:
                 return
             del self._known[number]
+            self._notes.drop(JOBS, number)
             kept, held = kept - 1, held - size
 
 

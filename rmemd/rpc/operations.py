@@ -39,19 +39,19 @@ class JobService:
         self._engine.read(lambda core: host.to_move(core, request))
         return self._jobs.start(
             "migrate", tenant_of(call),
-            lambda report, who: host.migrate(self._engine, request, report, who),
+            lambda report, who: host.migrate(self._engine, request, report, who), call.key,
         ).operation()  # fmt: skip
 
     def StartCompact(self, request: host_pb2.CompactRequest, call: Call) -> lro.Operation:
         return self._jobs.start(
             "compact", tenant_of(call),
-            lambda report, who: host.compact(self._engine, request, report, who),
+            lambda report, who: host.compact(self._engine, request, report, who), call.key,
         ).operation()  # fmt: skip
 
     def StartOffline(self, request: host_pb2.OfflineRequest, call: Call) -> lro.Operation:
         return self._jobs.start(
             "offline", tenant_of(call),
-            lambda report, who: host.offline(self._engine, request, report, who),
+            lambda report, who: host.offline(self._engine, request, report, who), call.key,
         ).operation()  # fmt: skip
 
 
@@ -87,7 +87,7 @@ class Operations:
         return Empty()
 
     def DeleteOperation(self, request: lro.DeleteOperationRequest, call: Call) -> Empty:
-        self._jobs.delete(self._find(request.name, call))
+        self._jobs.delete(request.name, may_see(call))
         return Empty()
 
     def WaitOperation(self, request: lro.WaitOperationRequest, call: Call) -> lro.Operation:

@@ -9,7 +9,10 @@ and session: nobody else's repeat is one.
 An answer is kept ten minutes, or until there are more than ``ENTRIES_MAX`` of them or
 ``BYTES_MAX`` bytes in them: then the oldest goes of the tenant who has most, so that nobody's calls
 push out another's. Altogether that is 16 MiB of answers and, at not quite 1 KiB of bookkeeping for
-each, as much again. The store is lost with the daemon, as the memory is that the calls were about.
+each, as much again. Each is a note before it leaves, so a daemon that is started again gives it,
+for another ten minutes. An answer that has a secret in it is kept in this process alone; what its
+call came to in the engine stays noted as long, so that a repeat is given another secret for the
+same thing.
 
 Refusals that say UNAVAILABLE or CANCELLED are not kept: they ask for another attempt. A call that
 waits when its client's connection breaks ends with one, and its repeat must wait anew instead of
@@ -22,12 +25,13 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import grpc
 
+from rmemd.engine.core import Core
 from rmemd.errors import BAD_REQUEST, INTERRUPTED, REQUEST_ID_REUSED
 
 REQUEST_ID = "rmem-request-id"
@@ -38,7 +42,13 @@ BYTES_MAX = 16 << 20
 
 # By its name an RPC changes nothing, and needs no id. Streams are neither: they are never repeated.
 READS = ("Get", "List", "Read", "Explain", "Who", "Wait", "Check")
+# calls whose answers have a secret, which is to be in no journal
+SECRET = frozenset({"SessionService/OpenSession", "SessionService/CreateTicket"})
+# the kind of notes, by tenant, session and id
+REPLIES = "replies"
+RPC = "rpc"
 PASSING = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE})
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -62,6 +72,40 @@ class Answer:
         return sum(len(value) for _, value in self.status.trailing_metadata or ())
 
 
+@dataclass(frozen=True)
+class KeptReply:
+    """An answer as a note: of a call with these contents; its reply, or its refusal's status."""
+
+    digest: bytes
+    reply: bytes
+    code: int = 0
+    text: str = ""
+    metadata: tuple[tuple[str, str | bytes], ...] = ()
+
+    @classmethod
+    def of(cls, digest: bytes, answer: Answer) -> KeptReply:
+        """Return an answer as a note."""
+        status = answer.status
+        if status is None:
+            return cls(digest, answer.reply)
+        metadata = tuple(status.trailing_metadata or ())
+        return cls(digest, b"", status.code.value[0], status.details, metadata)
+
+    @property
+    def answer(self) -> Answer:
+        """Return the answer."""
+        if not self.code:
+            return Answer(self.reply)
+        return Answer(status=_Status(_CODES[self.code], self.text, self.metadata))
+
+
+@dataclass(frozen=True)
+class _Status(grpc.Status):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+
 class Refused(Exception):
     """The repeat of a call that was refused; ``status`` is what the first was told."""
 
@@ -75,6 +119,7 @@ class _Entry:
     """One id: what was asked, and what was answered or who waits for that."""
 
     digest: bytes
+    secret: bool = False
     ended: bool = False
     ended_at: float = 0.0
     answer: Answer | None = None
@@ -98,6 +143,11 @@ class Turn:
     def __init__(self, replies: Replies, tenant: str, number: _Number, entry: _Entry) -> None:
         self._replies, self._tenant, self._number, self._entry = replies, tenant, number, entry
 
+    @property
+    def key(self) -> CallKey:
+        """Return the name of the call for ``Core.calls``: the same for a repeat, and no other."""
+        return call_key(self._tenant, self._number, self._entry.digest)
+
     def replied(self, reply: bytes) -> bytes:
         """Keep the reply, and return it."""
         self._replies.end(self._tenant, self._number, self._entry, Answer(reply))
@@ -116,6 +166,7 @@ class Replies:
         clock: monotonic seconds.
         entries_max: how many answers are kept at most.
         bytes_max: how many bytes of answers are kept at most.
+        core: in whose notes they are kept, too; without one they go with this object.
     """
 
     def __init__(
@@ -123,14 +174,23 @@ class Replies:
         clock: Callable[[], float] = time.monotonic,
         entries_max: int = ENTRIES_MAX,
         bytes_max: int = BYTES_MAX,
+        core: Core | None = None,
     ) -> None:
+        self._core = core
         self._clock = clock
         self._entries_max, self._bytes_max = entries_max, bytes_max
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         self._entries = 0
         self._nbytes = 0
-        self._swept_at = clock()
+        self._begun_at = self._swept_at = clock()
+        # dropped from here, and to be dropped from the notes when the lock is free
+        self._dropped: list[tuple[str, _Number, _Entry]] = []
+        # of calls that the daemon before this one did not answer, until nobody will repeat them
+        self._unanswered: list[Hashable] = []
+        self._given_up: list[Hashable] = []
+        if core is not None:
+            self._take_over(core)
 
     def __len__(self) -> int:
         return self._entries
@@ -166,7 +226,8 @@ class Replies:
             return None
         number, digest = (session, text), _digest(method, data)
         while True:
-            found = self._claim(tenant, number, digest)
+            found = self._claim(tenant, number, digest, method in SECRET)
+            self._drop_notes()
             if isinstance(found, Turn):
                 return found
             if found.answer is not None:
@@ -175,9 +236,10 @@ class Replies:
 
     def end(self, tenant: str, number: _Number, entry: _Entry, answer: Answer | None) -> None:
         """Have a call ended: keep its answer, or forget the call if there is none to keep."""
+        if entry.ended:
+            return
+        self._note(tenant, number, entry, answer)
         with self._lock:
-            if entry.ended:
-                return
             waiting, entry.waiting = entry.waiting or (), None
             entry.ended, entry.ended_at = True, self._clock()
             if answer is None:
@@ -191,8 +253,9 @@ class Replies:
                 self._shrink()
         for event in waiting:
             event.set()
+        self._drop_notes()
 
-    def _claim(self, tenant: str, number: _Number, digest: bytes) -> Turn | _Entry:
+    def _claim(self, tenant: str, number: _Number, digest: bytes, secret: bool) -> Turn | _Entry:
         with self._lock:
             self._sweep()
             kept = self._kept.setdefault(tenant, _Kept())
@@ -201,7 +264,7 @@ class Replies:
                 self._forget(tenant, number)
                 kept, entry = self._kept.setdefault(tenant, kept), None
             if entry is None:
-                entry = kept.entries[number] = _Entry(digest)
+                entry = kept.entries[number] = _Entry(digest, secret)
                 self._entries += 1
                 return Turn(self, tenant, number, entry)
             if entry.digest != digest:
@@ -226,6 +289,46 @@ class Replies:
                 entry.waiting = [other for other in entry.waiting or () if other is not event]
             raise INTERRUPTED("the caller went away while its call was carried out")
 
+    # --- what survives -----------------------------------------------------------------------
+    def _take_over(self, core: Core) -> None:
+        """Go on with the answers, and the unanswered calls, of the daemon before this one."""
+        now = self._clock()
+        for (tenant, session, text), note in core.notes.items(REPLIES):
+            answer, number = note.answer, (session, text)
+            kept = self._kept.setdefault(tenant, _Kept())
+            kept.entries[number] = _Entry(note.digest, ended=True, ended_at=now, answer=answer)
+            kept.nbytes += answer.nbytes
+            self._entries += 1
+            self._nbytes += answer.nbytes
+            core.calls.forget(call_key(tenant, number, note.digest))
+        self._unanswered = [key for key in core.calls.unanswered() if _is_rpc(key)]
+
+    def _note(self, tenant: str, number: _Number, entry: _Entry, answer: Answer | None) -> None:
+        """Have an answer survive; what the call came to is then needed no more."""
+        if self._core is None:
+            return
+        if answer is not None:
+            if entry.secret and answer.status is None:
+                return
+            note = KeptReply.of(entry.digest, answer)
+            self._core.notes.set(REPLIES, (tenant, *number), note)
+        # after the note, so that no crash finds neither
+        self._core.calls.forget(call_key(tenant, number, entry.digest))
+
+    def _drop_notes(self) -> None:
+        """Drop the notes of what was dropped here; not under the lock, for they take another."""
+        if self._core is None or not (self._dropped or self._given_up):
+            return
+        with self._lock:
+            dropped, self._dropped = self._dropped, []
+            given_up, self._given_up = self._given_up, []
+        for tenant, number, entry in dropped:
+            self._core.notes.drop(REPLIES, (tenant, *number))
+            if entry.secret:
+                given_up.append(call_key(tenant, number, entry.digest))
+        for key in given_up:
+            self._core.calls.forget(key)
+
     # --- the bounds, all under the lock -------------------------------------------------------
     def _is_old(self, entry: _Entry) -> bool:
         return entry.ended and entry.ended_at <= self._clock() - KEPT_SECONDS
@@ -236,6 +339,9 @@ class Replies:
         if now < self._swept_at + SWEEP_SECONDS:
             return
         self._swept_at = now
+        if now >= self._begun_at + KEPT_SECONDS:
+            self._given_up += self._unanswered
+            self._unanswered = []
         for tenant, kept in list(self._kept.items()):
             for number, entry in list(kept.entries.items()):
                 if self._is_old(entry):
@@ -263,12 +369,26 @@ class Replies:
     def _forget(self, tenant: str, number: _Number) -> None:
         kept = self._kept[tenant]
         entry = kept.entries.pop(number)
+        if self._core is not None:
+            self._dropped.append((tenant, number, entry))
         self._entries -= 1
         if entry.answer is not None:
             kept.nbytes -= entry.answer.nbytes
             self._nbytes -= entry.answer.nbytes
         if not kept.entries:
             del self._kept[tenant]
+
+
+CallKey = tuple[str, str, int, str, bytes]
+
+
+def call_key(tenant: str, number: _Number, digest: bytes) -> CallKey:
+    """Return what names a call with an id, by whose it is and what it says."""
+    return (RPC, tenant, *number, digest)
+
+
+def _is_rpc(key: Hashable) -> bool:
+    return isinstance(key, tuple) and key[0] == RPC
 
 
 def _again(answer: Answer) -> bytes:

@@ -22,6 +22,7 @@ from rmem.v1 import (
     host_pb2,
     job_pb2,
     session_pb2,
+    trace_pb2,
     vcpu_pb2,
     vm_pb2,
     watch_pb2,
@@ -29,12 +30,14 @@ from rmem.v1 import (
 from rmemd.access.callers import Access
 from rmemd.engine.engine import Engine
 from rmemd.rpc.consumers import ConsumerService
-from rmemd.rpc.dispatch import BULK_BYTES, Front, add_service
+from rmemd.rpc.dispatch import BULK_BYTES, Front, add_service, few_watches
 from rmemd.rpc.files import FileService
 from rmemd.rpc.host import HostService
 from rmemd.rpc.jobs import Jobs
+from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.operations import JobService, Operations
 from rmemd.rpc.sessions import SessionService
+from rmemd.rpc.traces import TraceService
 from rmemd.rpc.vcpus import VcpuService
 from rmemd.rpc.vms import VmService
 from rmemd.rpc.watch import WatchService
@@ -72,16 +75,23 @@ Service = tuple[ServiceDescriptor, object]
 
 
 def make_services(
-    engine: Engine, access: Access, version: str, fds_passed: Callable[[str], int], jobs: Jobs
+    engine: Engine,
+    access: Access,
+    version: str,
+    fds_passed: Callable[[str], int],
+    jobs: Jobs,
+    lifecycle: Lifecycle | None = None,
 ) -> list[Service]:
     """Make the services of one engine, for any number of servers."""
+    engine.core.parts.append(few_watches)
     made = (
-        (host_pb2, HostService(engine, version)),
+        (host_pb2, HostService(engine, version, lifecycle)),
         (file_pb2, FileService(engine)),
         (vm_pb2, VmService(engine)),
         (vcpu_pb2, VcpuService(engine)),
         (consumer_pb2, ConsumerService(engine)),
-        (watch_pb2, WatchService(engine)),
+        (watch_pb2, WatchService(engine, lifecycle)),
+        (trace_pb2, TraceService(engine)),
         (session_pb2, SessionService(engine, access, fds_passed)),
         (job_pb2, JobService(engine, jobs)),
         (operations_pb2, Operations(jobs)),
@@ -109,10 +119,10 @@ class RpcServer:
         options: tuple[tuple[str, int], ...],
         reflect: bool,
     ) -> None:
+        self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc")
         self._server = grpc.server(
-            ThreadPoolExecutor(WORKERS, thread_name_prefix="rpc"),
-            options=(*COMMON_OPTIONS, *options), maximum_concurrent_rpcs=WORKERS,
-        )  # fmt: skip
+            self._workers, options=(*COMMON_OPTIONS, *options), maximum_concurrent_rpcs=WORKERS
+        )
         self._health = health.HealthServicer()
         self._names = [descriptor.full_name for descriptor, _ in services]
         for descriptor, service in services:
@@ -132,16 +142,18 @@ class RpcServer:
             return self._server.add_insecure_port(address)
         return self._server.add_secure_port(address, credentials)
 
-    def start(self) -> None:
-        """Serve, then say so."""
+    def start(self, is_healthy: bool = True) -> None:
+        """Serve, then say so; one that is not healthy says NOT_SERVING."""
         self._server.start()
+        said = health_pb2.HealthCheckResponse
         for name in ("", *self._names):
-            self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(name, said.SERVING if is_healthy else said.NOT_SERVING)
 
     def announce_end(self) -> None:
         """Say NOT_SERVING."""
         self._health.enter_graceful_shutdown()
 
     def stop(self, grace_seconds: float) -> None:
-        """Wait for calls in flight, stop."""
+        """Wait for calls in flight, stop; idle workers are told to end."""
         self._server.stop(grace_seconds).wait()
+        self._workers.shutdown(wait=False)

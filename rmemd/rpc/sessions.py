@@ -7,7 +7,7 @@ from collections.abc import Callable
 import structlog
 
 from rmem.v1 import session_pb2 as pb
-from rmemd.access.callers import Access, Caller, Ticket
+from rmemd.access.callers import Access, Caller, Ticket, seconds_of_lease
 from rmemd.access.rules import require_file, require_vm
 from rmemd.engine import quotas
 from rmemd.engine.core import Core
@@ -45,33 +45,31 @@ class SessionService:
         caller, access = call.caller, self._access
         if caller.session:
             raise BAD_REQUEST("a session opens others below it by tickets", field="rmem-token")
+        seconds = seconds_of_lease(request.lease_seconds)
         if request.ticket:
             info, token = access.redeem(request.ticket, caller.door)
         else:
             info, token = access.open(caller.tenant, caller.role, caller.door)
-        try:
-            access.lease(info.session, request.lease_seconds)
-        except BaseException:
-            access.close(info.session)
-            raise
+        access.lease(info.session, seconds)
         log.info("session_opened", session=info.session, role=info.role, tenant=info.tenant)
         revision, session = self._engine.read(lambda core: self._describe(core, info))
         return pb.OpenSessionResponse(revision=revision, session=session, token=token)
 
     def RenewSession(self, request: pb.RenewSessionRequest, call: Call) -> pb.RenewSessionResponse:
         seconds = self._access.renew(call.caller.session)
-        return pb.RenewSessionResponse(revision=self._engine.revision, lease_seconds=seconds)
+        return pb.RenewSessionResponse(revision=self._engine.answered, lease_seconds=seconds)
 
     def CloseSession(self, request: pb.CloseSessionRequest, call: Call) -> pb.CloseSessionResponse:
         number = request.session or call.caller.session
-        self._engine.read(lambda core: _require_session(core, call.caller, number))
-        closed = self._access.close(number)
+        closed = self._access.close(
+            number, lambda core: _require_session(core, call.caller, number)
+        )
         log.info(
             "session_close_called", session=number, released_pages=closed.released_pages,
             vms=list(closed.vms), by=call.caller.tenant,
         )  # fmt: skip
         return pb.CloseSessionResponse(
-            revision=self._engine.revision, released_pages=closed.released_pages,
+            revision=self._engine.answered, released_pages=closed.released_pages,
             vms=len(closed.vms),
         )  # fmt: skip
 
@@ -88,14 +86,17 @@ class SessionService:
     def CreateTicket(self, request: pb.CreateTicketRequest, call: Call) -> pb.CreateTicketResponse:
         ticket = self._engine.read(lambda core: _ticket(core, call.caller, request))[1]
         made = self._access.issue(call.caller, ticket)
-        return pb.CreateTicketResponse(revision=self._engine.revision, ticket=made)
+        return pb.CreateTicketResponse(revision=self._engine.answered, ticket=made)
 
     def RevokeGrants(self, request: pb.RevokeGrantsRequest, call: Call) -> pb.RevokeGrantsResponse:
         pgoff, npages = _page_range(request.offset_bytes, request.length_bytes)
-        tenant = self._engine.core.files.get(request.file).info.owner.tenant
+        files = self._engine.core.files
+        # a file that is gone has no grants: the engine refuses it, unless this is a repeat
+        there = files.exists(request.file)
+        tenant = files.get(request.file).info.owner.tenant if there else ""
         losers = self._engine.revoke(tenant, request.file, pgoff, npages)
         return pb.RevokeGrantsResponse(
-            revision=self._engine.revision, sessions=[info.session for info in losers]
+            revision=self._engine.answered, sessions=[info.session for info in losers]
         )
 
     def _who(self, core: Core, caller: Caller) -> pb.WhoAmIResponse:

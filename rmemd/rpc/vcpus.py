@@ -26,12 +26,12 @@ class VcpuService:
 
     def CreateVcpu(self, request: pb.CreateVcpuRequest, call: Call) -> pb.CreateVcpuResponse:
         self._engine.create_vcpu(request.vm, request.vcpu)
-        return pb.CreateVcpuResponse(revision=self._engine.revision)
+        return pb.CreateVcpuResponse(revision=self._engine.answered)
 
     def SetProgramme(self, request: pb.SetProgrammeRequest, call: Call) -> pb.SetProgrammeResponse:
         programme = tuple(_decode(i, one) for i, one in enumerate(request.programme))
         self._engine.set_programme(request.vm, request.vcpu, programme, request.lazy_accept)
-        return pb.SetProgrammeResponse(revision=self._engine.revision)
+        return pb.SetProgrammeResponse(revision=self._engine.answered)
 
     def RunVcpu(self, request: pb.RunVcpuRequest, call: Call) -> pb.RunVcpuResponse:
         if request.max_instructions < 0:
@@ -40,7 +40,7 @@ class VcpuService:
             request.vm, request.vcpu, request.hypercall_result, request.max_instructions,
             call.cancelled,
         )  # fmt: skip
-        return _encode(exited, self._engine.revision)
+        return _encode(exited, self._engine.answered)
 
     def ReadGuest(self, request: pb.ReadGuestRequest, call: Call) -> pb.ReadGuestResponse:
         _require_guest(call)
@@ -48,14 +48,14 @@ class VcpuService:
             request.vm, request.vcpu, request.gpa, request.length_bytes, request.private,
             call.cancelled,
         )  # fmt: skip
-        return pb.ReadGuestResponse(revision=self._engine.revision, data=data)
+        return pb.ReadGuestResponse(revision=self._engine.answered, data=data)
 
     def WriteGuest(self, request: pb.WriteGuestRequest, call: Call) -> pb.WriteGuestResponse:
         _require_guest(call)
         self._engine.write_guest(
             request.vm, request.vcpu, request.gpa, request.data, request.private, call.cancelled
         )
-        return pb.WriteGuestResponse(revision=self._engine.revision)
+        return pb.WriteGuestResponse(revision=self._engine.answered)
 
 
 def _require_guest(call: Call) -> None:

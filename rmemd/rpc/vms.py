@@ -35,7 +35,7 @@ class VmService:
             request.starts_private if request.HasField("starts_private") else None,
             Owner(call.caller.tenant) if request.detached else call.caller.owner,
         )  # fmt: skip
-        return pb.CreateVmResponse(revision=self._engine.revision, vm=vm.info.vm)
+        return pb.CreateVmResponse(revision=self._engine.answered, vm=vm.info.vm)
 
     def GetVm(self, request: pb.GetVmRequest, call: Call) -> pb.GetVmResponse:
         revision, vm = self._engine.read(lambda core: describe(core, core.vms.get(request.vm)))
@@ -51,7 +51,7 @@ class VmService:
 
     def DestroyVm(self, request: pb.DestroyVmRequest, call: Call) -> pb.DestroyVmResponse:
         self._engine.destroy_vm(request.vm)
-        return pb.DestroyVmResponse(revision=self._engine.revision)
+        return pb.DestroyVmResponse(revision=self._engine.answered)
 
     def SetMemoryRegion(
         self, request: pb.SetMemoryRegionRequest, call: Call
@@ -60,7 +60,7 @@ class VmService:
             request.vm, request.slot, request.flags, request.gpa, request.size_bytes,
             request.file, request.file_offset_bytes, request.userspace_addr,
         )  # fmt: skip
-        return pb.SetMemoryRegionResponse(revision=self._engine.revision)
+        return pb.SetMemoryRegionResponse(revision=self._engine.answered)
 
     def SetMemoryAttributes(
         self, request: pb.SetMemoryAttributesRequest, call: Call
@@ -71,7 +71,7 @@ class VmService:
             raise BAD_REQUEST("no range is given", field="ranges")
         unchanged = self._engine.set_attributes(request.vm, ranges, request.flags)
         return pb.SetMemoryAttributesResponse(
-            revision=self._engine.revision, done_ranges=len(ranges), unchanged_ranges=unchanged
+            revision=self._engine.answered, done_ranges=len(ranges), unchanged_ranges=unchanged
         )
 
     def GetMemoryAttributes(
@@ -85,18 +85,18 @@ class VmService:
     def Populate(self, request: pb.PopulateRequest, call: Call) -> pb.PopulateResponse:
         kind = request.kind or pb.PAGE_KIND_NORMAL
         done = self._engine.populate(request.vm, request.gpa, request.source, kind, request.measure)
-        return pb.PopulateResponse(revision=self._engine.revision, done_pages=done)
+        return pb.PopulateResponse(revision=self._engine.answered, done_pages=done)
 
     def Finalize(self, request: pb.FinalizeRequest, call: Call) -> pb.FinalizeResponse:
         measurement = self._engine.finalize(request.vm)
-        return pb.FinalizeResponse(revision=self._engine.revision, measurement=measurement)
+        return pb.FinalizeResponse(revision=self._engine.answered, measurement=measurement)
 
     def PreFault(self, request: pb.PreFaultRequest, call: Call) -> pb.PreFaultResponse:
         done = self._engine.pre_fault(
             request.vm, request.gpa, request.size_bytes, request.trace, call.cancelled
         )
         reply = pb.PreFaultResponse(
-            revision=self._engine.revision, done_pages=done.done_pages,
+            revision=self._engine.answered, done_pages=done.done_pages,
             left_bytes=done.left_bytes, retries=done.retries,
         )  # fmt: skip
         for step, references, pins in done.trace.steps:
@@ -105,7 +105,7 @@ class VmService:
 
     def SwapConsumer(self, request: pb.SwapConsumerRequest, call: Call) -> pb.SwapConsumerResponse:
         swapped = self._engine.swap_consumer(request.vm, request.consumer, dict(request.config))
-        return swap_message(swapped, self._engine.revision)
+        return swap_message(swapped, self._engine.answered)
 
 
 def _in_place(wanted: types_pb2.Personality.ValueType) -> bool | None:

@@ -8,9 +8,10 @@ from rmem.v1 import watch_pb2 as pb
 from rmemd.access.callers import Caller
 from rmemd.engine.engine import Engine
 from rmemd.engine.journal import Event
-from rmemd.errors import BAD_REQUEST, RmemError
+from rmemd.errors import BAD_REQUEST, HANDING_OVER, RmemError
 from rmemd.model.sessions import GUEST
 from rmemd.rpc.dispatch import Call
+from rmemd.rpc.lifecycle import Lifecycle
 
 # how long a watch without news waits before it looks whether its client is still there
 TICK_SECONDS = 0.5
@@ -19,8 +20,9 @@ TICK_SECONDS = 0.5
 class WatchService:
     """Streams of events."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lifecycle: Lifecycle | None = None) -> None:
         self._engine = engine
+        self._lifecycle = lifecycle or Lifecycle()
 
     def Watch(self, request: pb.WatchRequest, call: Call) -> Iterator[pb.WatchResponse]:
         core = self._engine.core
@@ -53,6 +55,8 @@ class WatchService:
             )
             at = events[-1].revision if events else now
             yield pb.WatchResponse(progress_revision=at)
+        if self._lifecycle.handing_over:
+            raise HANDING_OVER(f"the watch goes on at revision {at}, with the daemon's successor")
 
     def _events(self, after: int) -> list[Event]:
         return self._engine.read(lambda core: core.journal.events_after(after))[1]

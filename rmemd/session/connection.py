@@ -14,9 +14,11 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from rmemd.engine.listeners import Ended, News
 from rmemd.model.sessions import SessionInfo
+from rmemd.session.notices import Notice, NoticeKey
 from rmemd.session.peer import Peer
 from rmemd.session.wire import DATAGRAM_MAX, notice_of, notices
 
@@ -53,7 +55,7 @@ class Connection:
         self.ended_at = 0.0
         self.blocked_since: float | None = None
         self._lock = threading.Lock()
-        self._outbox: deque[bytes] = deque()
+        self._outbox: deque[Notice] = deque()
         self._welcomed = False
         self._over = False
         # the session's thread, and whoever releases what it held
@@ -102,21 +104,24 @@ class Connection:
         os.close(self.peer.pidfd)
 
     # --- notices -----------------------------------------------------------------------------
-    def hear(self, news: News) -> None:
-        """Take news of the session, for the watcher to send."""
-        self._outbox.append(notice_of(news))
+    def hear(self, news: News, key: NoticeKey | None) -> None:
+        """Take news of the session, for the watcher to send; ``key`` is that of their note."""
+        self._outbox.append((notice_of(news), key))
         self._over |= isinstance(news, Ended)
 
-    def post(self, records: list[bytes]) -> None:
+    def post(self, notices: list[Notice]) -> None:
         """Take encoded notices, to be sent."""
-        self._outbox.extend(records)
+        self._outbox.extend(notices)
 
-    def flush(self, now: float) -> bool:
-        """Send what fits; return whether the rest must wait for the client to read."""
+    def flush(self, now: float, delivered: Callable[[NoticeKey], None]) -> bool:
+        """Send what fits; return whether the rest must wait for the client to read.
+
+        ``delivered`` is told of those that have a note, once the client has them.
+        """
         while self._outbox and self._welcomed and not self.why:
             some = [self._outbox[i] for i in range(min(len(self._outbox), NOTICES_AT_ONCE))]
             try:
-                self.sock.send(notices(some), socket.MSG_DONTWAIT)
+                self.sock.send(notices([one for one, _ in some]), socket.MSG_DONTWAIT)
             except BlockingIOError:
                 if self.blocked_since is None:
                     self.blocked_since = now
@@ -124,8 +129,10 @@ class Connection:
             except OSError:
                 # it has gone, which its own thread sees
                 break
-            for _ in some:
+            for _, key in some:
                 self._outbox.popleft()
+                if key is not None:
+                    delivered(key)
         self.blocked_since = None
         return False
 

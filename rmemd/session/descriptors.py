@@ -15,18 +15,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rmemd.engine.core import Core
+from rmemd.engine.notes import Notes
 from rmemd.engine.quotas import UNLIMITED, Quotas, over
 from rmemd.store.memfd import is_shared_half, name_of
 
+# the kind of notes: by session, whose it is and how many it was given
+PASSED = "passed"
+
 
 class Passed:
-    """How many descriptors each tenant has been given by sessions that live."""
+    """How many descriptors each tenant has been given by sessions that live.
 
-    def __init__(self, quotas: Quotas) -> None:
+    Args:
+        quotas: the limits.
+        notes: where the counts outlive the daemon; None: nowhere.
+    """
+
+    def __init__(self, quotas: Quotas, notes: Notes | None = None) -> None:
         self._quotas = quotas
+        self._notes = notes
         self._lock = threading.Lock()
         self._by_session: dict[int, tuple[str, int]] = {}
         self._by_tenant: Counter[str] = Counter()
+        for session, (tenant, count) in notes.items(PASSED) if notes is not None else ():
+            self._by_session[session] = (tenant, count)
+            self._by_tenant[tenant] += count
 
     def of(self, tenant: str) -> int:
         """Return a tenant's count."""
@@ -44,6 +57,7 @@ class Passed:
             if limit != UNLIMITED and used >= limit:
                 raise over("fds", tenant, used, 1, limit)
             self._add(tenant, session, 1)
+        self._note(session)
         try:
             yield
         except BaseException:
@@ -51,6 +65,7 @@ class Passed:
                 # unless the session has ended meanwhile, and its charges with it
                 if session in self._by_session:
                     self._add(tenant, session, -1)
+            self._note(session)
             raise
 
     def forget(self, session: int) -> None:
@@ -60,6 +75,13 @@ class Passed:
             self._by_tenant[tenant] -= count
             if not self._by_tenant[tenant]:
                 del self._by_tenant[tenant]
+        if self._notes is not None and count:
+            self._notes.drop(PASSED, session)
+
+    def _note(self, session: int) -> None:
+        # before the descriptor leaves, and not under the lock: notes take the engine's
+        if self._notes is not None and session in self._by_session:
+            self._notes.set(PASSED, session, self._by_session[session])
 
     def invariant(self, core: Core) -> Iterator[str]:
         """I18: a tenant's descriptors are those that its sessions were given, within its limit."""

@@ -1,7 +1,9 @@
 """What the session socket's records do: each op is one engine method, the same that gRPC calls.
 
 Owns the way from a record to the engine and its result back: what must be zero, who may
-(``access.rules``, once a record), arguments, result. Each record is an operation of its own.
+(``access.rules``, once a record), arguments, result. Each record is an operation of its own, and
+what it came to is kept until the reply is sent: when the daemon dies before that, the client sends
+the datagram again, and what was carried out is answered and not done once more.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from rmem.v1 import session_pb2
 from rmemd.access.callers import Caller
 from rmemd.access.rules import admit
 from rmemd.engine.cancel import never
+from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.errors import (
     BAD_REQUEST,
+    HANDING_OVER,
+    INTERRUPTED,
     MESSAGE_TOO_BIG,
     NO_SUCH_SESSION,
     NOT_PAGE_ALIGNED,
@@ -37,6 +42,31 @@ RULES: dict[int, str] = {op: f"Session/{op.name}" for op in Op}
 Result = tuple[int, bytes]
 Handler = Callable[[Record, bytes, int], Result]
 NOTHING = (0, b"")
+# these may be done again, and what they return, a guest's plaintext at that, is kept nowhere
+READS = frozenset({Op.READ_SHARED, Op.READ_GUEST})
+# of a session: the session, its datagram's sequence, the record's place in it
+SESSION = "session"
+CallKey = tuple[str, int, int, int]
+
+
+def results_of(core: Core, session: int) -> list[CallKey]:
+    """Return the calls of a session's records that have results, oldest first."""
+    return [
+        key for key in core.calls.unanswered()
+        if isinstance(key, tuple) and key[:2] == (SESSION, session)
+    ]  # fmt: skip
+
+
+def forget_results(core: Core, session: int, but_newest: bool = False) -> None:
+    """Forget what records of a session came to: nobody will send them again.
+
+    Of a datagram before the newest one the client has the reply.
+    """
+    found = results_of(core, session)
+    newest = found[-1][2] if found and but_newest else None
+    for key in found:
+        if key[2] != newest:
+            core.calls.forget(key)
 
 
 class Operations:
@@ -47,6 +77,9 @@ class Operations:
         caller: who asks.
         is_over: whether the session has ended; then nothing more is carried out.
         observers: told of each record as of a call.
+
+    Attributes:
+        hands_over: whether a record was not carried out because another daemon takes over.
     """
 
     def __init__(
@@ -60,6 +93,8 @@ class Operations:
         self._engine = engine
         self._caller = caller
         self._is_over = is_over
+        self._calls = engine.core.calls
+        self.hands_over = False
         self._handlers: dict[int, Handler] = {
             Op.GET: self._get, Op.PUT: self._put, Op.PIN: self._pin, Op.UNPIN: self._unpin,
             Op.FAULT: self._fault, Op.CONVERT: self._convert,
@@ -75,16 +110,29 @@ class Operations:
         """Carry a request's records out, in order."""
         reply = Reply(frame.sequence)
         stopped = False
-        for record in map(Record._make, RECORD.iter_unpack(frame.records)):
+        for at, record in enumerate(map(Record._make, RECORD.iter_unpack(frame.records))):
             if stopped:
                 self._cancel(reply, record)
-            elif not self._one(frame, record, reply) and frame.stops:
+            elif not self._named(frame, at, record, reply) and frame.stops:
                 stopped = True
         return reply
+
+    def answered(self, request: Frame) -> None:
+        """Forget what the records came to: the client has the reply."""
+        for at in range(request.count):
+            self._calls.forget((SESSION, self._caller.session, request.sequence, at))
+
+    def _named(self, frame: Frame, at: int, record: Record, reply: Reply) -> bool:
+        if record.op in READS:
+            return self._one(frame, record, reply)
+        key = (SESSION, self._caller.session, frame.sequence, at)
+        with self._calls.of(key):
+            return self._one(frame, record, reply)
 
     def _one(self, frame: Frame, record: Record, reply: Reply) -> bool:
         """Carry one record out; return whether it was."""
         begun = time.perf_counter() if self._observers else 0.0
+        self._engine.core.answered.begin()
         try:
             data = self.check(frame, record)
             handler = self._handlers.get(record.op)
@@ -93,9 +141,11 @@ class Operations:
             value, payload = handler(record, data, reply.room)
         except Exception as error:
             refusal = self.refuse(reply, record, error, frame.sequence)
+            ends = refusal.reason is INTERRUPTED and self._engine.core.draining
+            self.hands_over |= ends or refusal.reason is HANDING_OVER
             self._tell(record, begun, refusal.reason.kind.code, refusal.reason.name)
             return False
-        reply.done(record.tag, value, self._engine.revision, payload)
+        reply.done(record.tag, value, self._engine.answered, payload)
         self._tell(record, begun, "OK")
         return True
 
@@ -125,7 +175,9 @@ class Operations:
         for at, name in UNUSED[record.op]:
             if record[at]:
                 raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
-        admit(self._engine.core, self._caller, RULES[record.op], record)
+        # what a daemon before this one has carried out, it has admitted
+        if not self._calls.is_repeat():
+            admit(self._engine.core, self._caller, RULES[record.op], record)
         if not use.payload:
             return b""
         end = record.payload_offset + record.payload_length
@@ -138,7 +190,7 @@ class Operations:
 
     def refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
         """Answer a record with what was raised; return that as a refusal."""
-        revision = self._engine.revision
+        revision = self._engine.answered
         refusal = name_error(error, f"session {self._caller.session} datagram {sequence}")
         message = session_pb2.SessionRefusal(
             message=shorten(refusal.message, MESSAGE_MAX),

@@ -3,6 +3,7 @@
 Owns the listener, one thread per session, and the watcher: a thread that waits for connections,
 for the end of their processes (pidfds), for notices to send and for leases to run out. A session is
 released by a thread of its own, whatever the session's thread is doing: that one gets nothing more.
+Sessions whose daemon died are watched like the others, until their clients come back for them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -23,14 +25,17 @@ import structlog
 from rmemd.access.callers import Access
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
-from rmemd.engine.listeners import News
+from rmemd.engine.listeners import Ended, News
 from rmemd.engine.sessions import Closed
 from rmemd.errors import TOO_MANY, RmemError
 from rmemd.rpc.observe import Observer
 from rmemd.session.connection import Connection
 from rmemd.session.descriptors import Passed
+from rmemd.session.expected import Expected
+from rmemd.session.notices import Undelivered
+from rmemd.session.ops import forget_results
 from rmemd.session.peer import identify
-from rmemd.session.talk import SLOW, Gone, Talk, refused_frame
+from rmemd.session.talk import SLOW, STOP, Gone, Talk, refused_frame
 from rmemd.session.wire import fault_notice
 
 BACKLOG = 128
@@ -43,7 +48,7 @@ SLOW_SECONDS = 5.0
 # when the process was out of descriptors: until it looks again whether one is free
 RETRY_SECONDS = 0.1
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-PIDFD, CLOSED, LEASE, STOP, FAILED = "pidfd", "closed", "lease", "stop", "error"
+PIDFD, CLOSED, LEASE, FAILED = "pidfd", "closed", "lease", "error"
 
 log = structlog.get_logger("rmemd.session")
 
@@ -73,24 +78,36 @@ class SessionServer:
         self._access = access
         self._path = path
         self._clock = clock
-        self._passed = Passed(engine.core.quotas)
+        self._passed = Passed(engine.core.quotas, engine.core.notes)
+        engine.core.parts.append(self._passed.invariant)
+        self._expected = Expected(engine.core)
+        self._undelivered = Undelivered(engine.core.notes)
         self._lock = threading.Lock()
         self._stopping = False
         self._all: set[Connection] = set()
         self._unknown: Counter[int] = Counter()
         self._by_number: dict[int, Connection] = {}
         self._by_pidfd: dict[int, Connection] = {}
+        # of those who are expected back, by pidfd
+        self._awaited: dict[int, int] = {}
         self._blocked: dict[int, Connection] = {}
         # handed to the watcher by others; a deque or set of each, whose methods are atomic
         self._gone: set[Connection] = set()
         self._news: set[Connection] = set()
         self._faulted: set[int] = set()
         self._reaped: set[int] = set()
+        self._unexpected: set[int] = set()
         self._retry_at: float | None = None
 
     # --- life --------------------------------------------------------------------------------
-    def bind(self) -> None:
+    def bind(self, listener: int | None = None) -> int:
         """Make the socket and listen; whoever connects waits until ``start``.
+
+        Args:
+            listener: that of an earlier process, with those who wait in it.
+
+        Returns:
+            The listener's descriptor, which stays this server's.
 
         Raises:
             OSError: it cannot be made.
@@ -98,22 +115,29 @@ class SessionServer:
         self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(self._path))
-        self._listener.listen(BACKLOG)
+        if listener is None:
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._listener.bind(str(self._path))
+            self._listener.listen(BACKLOG)
+        else:
+            self._listener = socket.socket(fileno=listener)
         self._listener.setblocking(False)
         self._epoll.register(self._listener, select.EPOLLIN)
         self._epoll.register(self._wakeup, select.EPOLLIN)
+        # now, so that whoever keeps descriptors can tell which are of nobody
+        self._without_process = self._expected.take_over()
+        return self._listener.fileno()
 
     def start(self) -> None:
-        """Serve."""
+        """Serve; sessions that a daemon before this one had are waited for, or ended."""
         self._engine.on_userfault(self._on_fault)
         self._access.on_lease = self.wake
+        self._take_over()
         self._watcher = threading.Thread(target=self._watch, name="sessions", daemon=True)
         self._watcher.start()
 
     def stop(self, seconds: float) -> None:
-        """End the conversations, not the sessions' state, which goes with the daemon."""
+        """Let nobody in and end the conversations; the sessions themselves go with the memory."""
         self._stopping = True
         self.wake()
         self._watcher.join(seconds)
@@ -132,13 +156,65 @@ class SessionServer:
         """Return how many descriptors a tenant was given by sessions that live."""
         return self._passed.of(tenant)
 
+    # --- sessions of a daemon before this one ------------------------------------------------
+    def _take_over(self) -> None:
+        awaited, gone = self._expected.all(), self._without_process
+        for one in awaited:
+            forget_results(self._engine.core, one.session, but_newest=True)
+            self._await(one.session, one.pidfd)
+        self._forget_sessions(self._expected.ended())
+        # in safe mode nothing is let go
+        if not self._engine.core.read_only:
+            for session in gone:
+                self._reap(session, PIDFD)
+        if awaited or gone:
+            log.info("sessions_taken_over", awaited=[one.session for one in awaited], gone=gone)
+
+    def _await(self, session: int, pidfd: int) -> None:
+        def hear(news: News) -> None:
+            if isinstance(news, Ended):
+                self._unexpected.add(session)
+                self.wake()
+            else:
+                self._undelivered.keep(session, news)
+
+        self._awaited[pidfd] = session
+        self._epoll.register(pidfd, select.EPOLLIN)
+        self._engine.core.listeners.add(session, hear)
+
+    def _await_no_more(self) -> None:
+        """Close the pidfds of sessions whose client has come, or that have ended."""
+        for one in self._expected.came():
+            self._stop_awaiting(one.pidfd)
+        while self._unexpected:
+            session = self._unexpected.pop()
+            given_up = self._expected.give_up(session)
+            if given_up is not None:
+                self._engine.core.listeners.remove(session)
+                self._stop_awaiting(given_up.pidfd)
+                self._forget_sessions((session,))
+
+    def _stop_awaiting(self, pidfd: int) -> None:
+        # it may have fired already
+        if self._awaited.pop(pidfd, None) is not None:
+            self._epoll.unregister(pidfd)
+            os.close(pidfd)
+
+    def _awaited_died(self, pidfd: int) -> None:
+        session = self._awaited[pidfd]
+        one = self._expected.give_up(session)
+        # else it came, and its new connection knows that it died
+        if one is not None:
+            self._reap(session, PIDFD)
+            self._stop_awaiting(pidfd)
+
     # --- the watcher -------------------------------------------------------------------------
     def _watch(self) -> None:
         meant: float | None = None
         while not (self._stopping and self._finish()):
             over, lease_left = self._access.due(self._clock() if meant is None else meant)
             for session in over:
-                self._reap(session)
+                self._reap(session, LEASE)
             timeout = self._until_next(lease_left)
             meant = None if timeout is None else self._clock() + timeout
             events = self._epoll.poll(timeout)
@@ -157,10 +233,13 @@ class SessionServer:
                 connecting = True
             elif fd in self._by_pidfd:
                 self._died(self._by_pidfd[fd])
+            elif fd in self._awaited:
+                self._awaited_died(fd)
             elif fd in self._blocked:
                 self._news.add(self._blocked[fd])
         self._send_news()
         self._close_gone()
+        self._await_no_more()
         # last: only here do descriptors get numbers, which then mean what they meant above
         if connecting and not self._stopping:
             self._accept_some()
@@ -249,13 +328,19 @@ class SessionServer:
     def _serve(self, connection: Connection) -> None:
         why = FAILED
         try:
-            talk = Talk(connection, self._engine, self._access, self._passed, self._observers)
+            talk = Talk(
+                connection, self._engine, self._access, self._passed, self._expected,
+                self._observers,
+            )  # fmt: skip
             try:
                 talk.open()
                 self._listen_for(connection)
             finally:
                 self._known(connection)
             talk.greet()
+            # what came before the client had its answer waits for this
+            self._news.add(connection)
+            self.wake()
             talk.serve()
         except Gone as gone:
             why = str(gone)
@@ -278,11 +363,12 @@ class SessionServer:
         self._by_number[number] = connection
 
         def hear(news: News) -> None:
-            connection.hear(news)
+            connection.hear(news, self._undelivered.keep(number, news))
             self._news.add(connection)
             self.wake()
 
         def listen(core: Core) -> bool:
+            connection.post(self._undelivered.of(number))
             core.listeners.add(number, hear)
             return core.sessions.exists(number)
 
@@ -292,6 +378,8 @@ class SessionServer:
             # released before we listened
             self._unlisten(number)
             raise Gone(connection.why)
+        # what waited for it, it is told now: the faults of a pager that has come back
+        self._on_fault(number)
 
     def _unlisten(self, number: int) -> None:
         self._engine.core.listeners.remove(number)
@@ -309,7 +397,7 @@ class SessionServer:
             if connection is not None:
                 messages = self._engine.take_userfaults(session)
                 revision = self._engine.revision
-                connection.post([fault_notice(message, revision) for message in messages])
+                connection.post([(fault_notice(message, revision), None) for message in messages])
                 self._news.add(connection)
         while self._news:
             self._flush(self._news.pop())
@@ -323,7 +411,7 @@ class SessionServer:
         if connection not in self._all:
             return
         fd = connection.sock.fileno()
-        blocked = connection.flush(self._clock())
+        blocked = connection.flush(self._clock(), self._undelivered.delivered)
         if blocked and fd not in self._blocked:
             self._blocked[fd] = connection
             self._epoll.register(fd, select.EPOLLOUT)
@@ -358,23 +446,26 @@ class SessionServer:
 
     def _release(self, connection: Connection) -> None:
         """Let go of everything that a session held, and say so."""
+        if connection.number and connection.why == STOP:
+            self._expected.leave(connection.number)
         connection.shut()
         number = connection.number
         if number:
             self._unlisten(number)
             self._close_session(number, connection.why, connection.ended_at)
-            self._passed.forget(number)
         self._leave(connection)
 
-    def _reap(self, session: int) -> None:
-        """End a session whose lease is over."""
+    def _reap(self, session: int, why: str) -> None:
+        """End a session that has no connection: its lease is over, or its process is gone."""
         if session not in self._reaped:
             self._reaped.add(session)
-            self._spawn("reap", self._close_lease, session)
+            self._spawn("reap", partial(self._close_reaped, why), session)
 
-    def _close_lease(self, session: int) -> None:
-        self._close_session(session, LEASE, time.monotonic())
+    def _close_reaped(self, why: str, session: int) -> None:
+        self._close_session(session, why, time.monotonic())
         self._reaped.discard(session)
+        # the end waits for it
+        self.wake()
 
     def _close_session(self, number: int, why: str, since: float) -> None:
         """Close a session in the engine, unless it went with somebody else or the daemon goes."""
@@ -387,11 +478,20 @@ class SessionServer:
                 pass
             except Exception as error:
                 log.error("release_failed", session=number, exc_info=error)
+            self._forget_sessions((number, *closed.sessions))
         log.info(
             "session_closed", session=number, why=why, released_pages=closed.released_pages,
             vms=list(closed.vms), sessions=list(closed.sessions),
             ms=round((time.monotonic() - since) * 1e3, 3),
         )  # fmt: skip
+
+    def _forget_sessions(self, ended: Sequence[int]) -> None:
+        """Let go of what is kept of sessions beside their state."""
+        for number in ended:
+            self._expected.forget(number)
+            self._undelivered.forget(number)
+            self._passed.forget(number)
+            forget_results(self._engine.core, number)
 
     def _leave(self, connection: Connection) -> None:
         if connection.leave():
@@ -427,6 +527,8 @@ class SessionServer:
     def _close(self) -> None:
         self._engine.on_userfault(lambda session: None)
         self._access.on_lease = lambda: None
+        for pidfd in list(self._awaited):
+            self._stop_awaiting(pidfd)
         self._epoll.close()
         self._listener.close()
         with self._lock:

@@ -25,25 +25,31 @@ from rmemd.rpc.status import code_of, refusal_of
 from rmemd.session import descriptors
 from rmemd.session.connection import Connection
 from rmemd.session.descriptors import Passed
+from rmemd.session.expected import Expected, MakingWay
 from rmemd.session.ops import Operations
 from rmemd.session.wire import (
     DATAGRAM_MAX,
     RECORD,
     Broken,
     Frame,
+    Hello,
     Kind,
     Op,
     Record,
     Reply,
+    Resume,
     Role,
     decode,
     decode_hello,
+    decode_resume,
     frame,
     welcome,
 )
 
 # how a session ends, as the log has it
 EOF, PROTOCOL, SILENT, REFUSED, SLOW = "eof", "protocol", "silent", "refused", "slow reader"
+# not a session's end but the daemon's, after which another goes on with it
+STOP = "stop"
 
 log = structlog.get_logger("rmemd.session")
 
@@ -61,9 +67,11 @@ class Talk:
         engine: Engine,
         access: Access,
         passed: Passed,
+        expected: Expected,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._observers = observers
+        self._expected = expected
         self._connection = connection
         self._sock = connection.sock
         self._engine = engine
@@ -85,10 +93,13 @@ class Talk:
             raise Gone(SILENT) from silent
         try:
             hello = decode_hello(data)
+            resumed = decode_resume(hello.ticket) if hello.role == Role.RESUME else None
         except Broken as broken:
             raise self._refused(BAD_REQUEST(str(broken), field="hello"), PROTOCOL) from broken
         try:
-            info, token = self._admit(hello.role, hello.ticket)
+            info, token = self._admit(hello) if resumed is None else self._go_on(resumed)
+        except MakingWay as early:
+            raise Gone(STOP) from early
         except Exception as error:
             raise self._refused(name_error(error, "hello"), REFUSED) from error
         if not self._connection.adopt(info):
@@ -97,6 +108,7 @@ class Talk:
         self._operations = Operations(
             self._engine, self._caller, self._connection.is_over, self._observers
         )
+        self._how = "session_opened" if resumed is None else "session_resumed"
         self._token = token
         self._info = info
 
@@ -111,11 +123,16 @@ class Talk:
         self._connection.welcomed()
         peer = self._connection.peer
         log.info(
-            "session_opened", session=info.session, tenant=info.tenant, role=info.role,
+            self._how, session=info.session, tenant=info.tenant, role=info.role,
             pid=peer.pid, uid=peer.uid, parent=info.parent,
         )  # fmt: skip
 
-    def _admit(self, role: int, ticket: bytes) -> tuple[SessionInfo, str]:
+    def _admit(self, hello: Hello) -> tuple[SessionInfo, str]:
+        info, token = self._opened(hello.role, hello.ticket)
+        self._expected.remember(info.session, self._connection.peer)
+        return info, token
+
+    def _opened(self, role: int, ticket: bytes) -> tuple[SessionInfo, str]:
         peer, access = self._connection.peer, self._access
         if not ticket:
             self._require_known(peer.uid)
@@ -126,6 +143,12 @@ class Talk:
             access.close(info.session)
             raise BAD_REQUEST(f"the ticket is for a {info.role}", field="role")
         return info, token
+
+    def _go_on(self, resumed: Resume) -> tuple[SessionInfo, str]:
+        """Return a session that a daemon before this one had, to the process that opened it."""
+        info = self._access.resume(resumed.session, resumed.token)
+        self._expected.claim(info.session, self._connection.peer)
+        return info, resumed.token
 
     def _require_known(self, uid: int) -> None:
         # in a private daemon the directory's mode has said so already
@@ -154,18 +177,29 @@ class Talk:
             if request.count == 1 and _op(request) == Op.FD:
                 self._pass_descriptor(request)
             else:
-                self._send(self._operations.serve(request).encode())
+                self._answer(request)
         raise Gone(self._connection.why)
+
+    def _answer(self, request: Frame) -> None:
+        operations = self._operations
+        reply = operations.serve(request).encode()
+        if operations.hands_over or self._connection.why == STOP:
+            # the next daemon answers: what was carried out it does not do again
+            raise Gone(STOP)
+        self._send(reply)
+        # from here on it is the client's, even if the daemon dies before it is read
+        operations.answered(request)
 
     def _pass_descriptor(self, request: Frame) -> None:
         record = Record._make(RECORD.unpack(request.records))
         reply = Reply(request.sequence)
+        self._engine.core.answered.begin()
         try:
             self._operations.check(request, record)
             with self._passed.one_more(self._caller.tenant, self._caller.session):
                 fd = self._operations.descriptor(record)
                 try:
-                    reply.done(record.tag, 0, self._engine.revision)
+                    reply.done(record.tag, 0, self._engine.answered)
                     descriptors.send(self._sock, reply.encode(), fd)
                 finally:
                     os.close(fd)

@@ -25,6 +25,8 @@ PAYLOAD_MAX = 128 << 10
 FRAME = struct.Struct("<HBBHHII")
 # role, ticket_length, reserved; then the ticket
 HELLO = struct.Struct("<HHI")
+# session; then its token
+RESUME = struct.Struct("<Q")
 # session, vm, revision, role, token_length, tenant_length, reserved, records_max, payload_max;
 # then the token and the tenant
 WELCOME = struct.Struct("<QQQHHHHII")
@@ -55,13 +57,14 @@ class FrameFlag(IntFlag):
 
 
 class Role(IntEnum):
-    """As rmem.v1.Role; TICKET: whatever the ticket is for."""
+    """As rmem.v1.Role; TICKET: whatever the ticket is for; RESUME: who the session is already."""
 
     TICKET = 0
     HOST = 1
     GUEST = 2
     DEVICE = 3
     ADMIN = 4
+    RESUME = 5
 
 
 class Op(IntEnum):
@@ -217,6 +220,14 @@ class Hello:
     ticket: bytes
 
 
+@dataclass(frozen=True)
+class Resume:
+    """What stands for the ticket where a session goes on that a daemon had before its restart."""
+
+    session: int
+    token: str
+
+
 def decode(data: memoryview, expected: Kind) -> Frame:
     """Take a datagram apart.
 
@@ -257,6 +268,20 @@ def decode_hello(data: memoryview) -> Hello:
     if role not in set(Role):
         raise Broken(f"no role {role}")
     return Hello(role, bytes(frame.payload[HELLO.size :]))
+
+
+def decode_resume(ticket: bytes) -> Resume:
+    """Take the ticket of a HELLO of role RESUME apart.
+
+    Raises:
+        Broken: it is no session with a token.
+    """
+    try:
+        (session,) = RESUME.unpack_from(ticket)
+        token = ticket[RESUME.size :].decode("ascii")
+    except (struct.error, UnicodeDecodeError) as error:
+        raise Broken("a resumed session has 8 bytes of number, and its token") from error
+    return Resume(session, token)
 
 
 def frame(

@@ -1,23 +1,20 @@
 """The conformance kit: does a consumer keep the contract of the hook reference?
 
 Owns ``check_consumer``. It drives VMs of one variant, on an engine of its own, through random legal
-operations, breaks each op in turn, and after every step compares everything there is. The same
-seed gives the same run.
+operations, breaks each op in turn, and after every step compares everything there is. Now and then
+it reopens the engine as after a kill, and takes some steps on both. The same seed gives the same
+run.
 """
 
 from __future__ import annotations
 
-import copy
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
@@ -26,14 +23,17 @@ from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.types import Runs, Why
 from rmemd.model.host import Use
 from rmemd.model.vms import unpack
+from rmemd.testing.attributes import changed, plain
+from rmemd.testing.findings import Finding, Report
 from rmemd.testing.guestmodel import PAGES, ModelGuest
+from rmemd.testing.keeping import Kept, kept_engine
 from rmemd.testing.recorder import Recorder, reachable
+from rmemd.testing.restarts import Both, Twin
 from rmemd.testing.strangers import taken
 
 NFRAMES = 2048
 # VMs that are made at most to see how many keys the vendor has
 CAPACITY_MAX = 24
-FINDINGS_MAX = 20
 # how often each action is drawn; the last ones end a VM's life, or part of it
 ACTIONS: tuple[tuple[str, int], ...] = (
     ("write", 16), ("read", 8), ("fault", 3), ("allocate", 2), ("punch", 3), ("convert", 6),
@@ -45,53 +45,10 @@ CHANGES = frozenset(("punch", "convert", "migrate", "poison"))
 # so many steps after the last one, a VM's consumer is swapped: these ops are broken only there
 SWAP_EVERY = 12
 SWAPPING = ("export_state", "import_state")
+NOT_TRIPPED = (*SWAPPING, "resume")
+# every so many steps, between two swaps, the engine is reopened, and goes on beside for a few
+RESTART_EVERY, RESTART_AT, TOGETHER = 24, 13, 4
 WITHOUT_RANGE = frozenset(("change_slot", "close_file", "destroy"))
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A rule that a consumer broke: at which step of which seed, doing what, and how."""
-
-    rule: str
-    op: str
-    step: int
-    seed: int
-    text: str
-
-    def __str__(self) -> str:
-        """Return it as one line."""
-        return f"[{self.rule}] step {self.step} ({self.op}), seed {self.seed}: {self.text}"
-
-
-@dataclass
-class Report:
-    """What a run of the kit found.
-
-    Attributes:
-        variant: the consumer.
-        findings: what is wrong, at most ``FINDINGS_MAX``; empty for a consumer that passes.
-        ops_called: how often each op, and each op of the platform, was called.
-        undone: how often each op was made to raise, and its transaction undone.
-        unreached: ops that the consumer has and that the run never called.
-        steps: how many steps were taken.
-    """
-
-    variant: str
-    findings: list[Finding] = field(default_factory=list)
-    ops_called: Counter[str] = field(default_factory=Counter)
-    undone: Counter[str] = field(default_factory=Counter)
-    unreached: frozenset[str] = frozenset()
-    steps: int = 0
-
-    def require(self) -> None:
-        """Pass only if nothing was found.
-
-        Raises:
-            AssertionError: with every finding.
-        """
-        if self.findings:
-            lines = "\n".join(map(str, self.findings))
-            raise AssertionError(f"{self.variant} does not conform:\n{lines}")
 
 
 def check_consumer(
@@ -118,25 +75,33 @@ def check_consumer(
     Returns:
         The report; ``report.require()`` raises if there are findings.
     """
-    engine = Engine(Options(NFRAMES, 2, kept_records=None), Guard(clock=lambda: 0.0))
+    kept = Kept()
+    engine = kept_engine(kept, Options(NFRAMES, 2, kept_records=None, plugins=tuple(plugins)))
     engine.watch()
+    run = _Run(engine, kept, variant, config or {}, may_leak, seed)
     try:
-        run = _Run(engine, variant, config or {}, may_leak, seed)
-        if run.load(plugins, null):
+        if run.find(null):
             run.go(steps)
         return run.report
     finally:
+        run.part()
         engine.close()
+        kept.close()
 
 
 class _Run:
     """One run: the engine, a VM per personality, and a shadow that only knows the journal."""
 
     def __init__(
-        self, engine: Engine, variant: str, config: Mapping[str, str], may_leak: bool, seed: int
-    ) -> None:
+        self, engine: Engine, kept: Kept, variant: str, config: Mapping[str, str],
+        may_leak: bool, seed: int,
+    ) -> None:  # fmt: skip
         self.engine, self.variant, self.config, self.seed = engine, variant, config, seed
-        self.may_leak = may_leak
+        self.kept, self.may_leak = kept, may_leak
+        self.twin: Twin | None = None
+        # what guests are driven through: the engine, or it and its twin
+        self.door = engine
+        self.known: set[tuple[str, str]] = set()
         self.core = engine.core
         self.rng = random.Random(seed)
         self.report = Report(variant)
@@ -148,11 +113,9 @@ class _Run:
         self.recorder = Recorder(engine.core)
 
     # --- the beginning and the end -----------------------------------------------------------
-    def load(self, plugins: Iterable[EntryPoint], null: frozenset[str] | None) -> bool:
-        """Load what is not installed; return whether the variant is there."""
+    def find(self, null: frozenset[str] | None) -> bool:
+        """Find what is offered under the variant's name; return whether it is there."""
         core = self.core
-        with core.locked(), core.tx("load plugins") as tx:
-            core.registry.load(tx, NFRAMES, plugins)
         offer = core.registry.offers.get(self.variant)
         if offer is None:
             why = [f"{f.name}: {f.error}" for f in core.registry.found if f.error]
@@ -175,12 +138,17 @@ class _Run:
         for personality in self.personalities:
             self.create(personality)
         for self.report.steps in range(1, steps + 1):
-            if len(self.report.findings) >= FINDINGS_MAX:
+            if self.report.full:
                 break
+            if self.report.steps % RESTART_EVERY == RESTART_AT:
+                self.restart()
             self.step()
+            if self.report.steps % RESTART_EVERY == RESTART_AT + TOGETHER - 1:
+                self.part()
             if self.report.steps % SWAP_EVERY == 0:
                 self.swap()
         self.op = "teardown"
+        self.part()
         self.recorder.begin()
         for guest in self.guests:
             self.tear_down(guest)
@@ -207,18 +175,33 @@ class _Run:
 
         def make() -> None:
             guest = ModelGuest(
-                self.engine, self.recorder, self.variant, in_place, self.config, self.rng
+                self.door, self.recorder, self.variant, in_place, self.config, self.rng
             )
             self.guests.append(guest)
             made = guest.consumer.made
-            self.attributes[guest.vm] = (made, _plain(made))
-            guest.launch()
+            self.attributes[guest.vm] = (made, plain(made))
+            guest.build()
 
         self.recorder.begin()
         refusal = self.act("create", make)
         if refusal is not None:
             self.found("launch", f"a VM could not be made: {refusal}")
+        else:
+            self.finalize(self.guests[-1])
         self.look()
+
+    def finalize(self, guest: ModelGuest) -> None:
+        """Finalize a VM, which must come to the same after a kill."""
+        if guest.ops.finalize is None:
+            return
+        alone = self.twin is None
+        if alone:
+            self.restart()
+        refusal = self.act("finalize", guest.finalize)
+        if refusal is not None:
+            self.found("launch", f"a VM could not be finalized: {refusal}")
+        if alone:
+            self.part()
 
     def tear_down(self, guest: ModelGuest) -> None:
         """End a VM and its file."""
@@ -304,7 +287,7 @@ class _Run:
         elif isinstance(refusal, RmemError):
             self.found("swap", f"vm/{guest.vm}: its consumer cannot be swapped: {refusal}")
         made, own = guest.consumer.made, f"vm/{guest.vm}/{self.platform.name}/"
-        self.attributes[guest.vm] = (made, _plain(made))
+        self.attributes[guest.vm] = (made, plain(made))
         differ = [name for name in same_state(before, self.core.space.snapshot())
                   if name.startswith(("platform/", own))]  # fmt: skip
         if differ:
@@ -316,10 +299,44 @@ class _Run:
             for text in taken(self.core, guest.consumer, variant, self.config, state):
                 self.found("swap", text)
 
+    # --- a restart ---------------------------------------------------------------------------
+    def restart(self) -> None:
+        """Reopen the engine as after a kill; from here on guests are driven in both."""
+        op, self.op = self.op, "restart"
+        try:
+            self.twin = Twin(self.engine, self.kept)
+        except Exception as error:
+            self.found("restart", f"the engine cannot be reopened: {error!r}")
+        else:
+            self.report.restarts += 1
+            # asked of the other engine's consumers
+            self.recorder.calls["resume"] += sum(g.ops.resume is not None for g in self.guests)
+            self.go_through(Both(self.engine, self.twin, lambda text: self.found("restart", text)))
+            for text in self.twin.different():
+                self.found("restart", text)
+        self.op = op
+
+    def part(self) -> None:
+        """Compare the two once more, and have guests be driven in the one alone."""
+        if self.twin is None:
+            return
+        for text in self.twin.strayed():
+            self.found("restart", text)
+        self.twin.close()
+        self.twin = None
+        self.go_through(self.engine)
+
+    def go_through(self, door: Both | Engine) -> None:
+        """Have guests be driven through an engine, or through two."""
+        self.door = cast("Engine", door)
+        for guest in self.guests:
+            guest.engine = self.door
+
     def trip(self) -> tuple[str, str]:
         """Choose the op that is to raise in this step, "" for none: each before and after."""
-        waiting = [op for op in self.ops if self.recorder.undone[op] < 2 and op not in SWAPPING]
-        if not waiting or self.rng.random() < 0.5:
+        waiting = [op for op in self.ops if self.recorder.undone[op] < 2 and op not in NOT_TRIPPED]
+        # the twin's ops are not broken with it
+        if not waiting or self.rng.random() < 0.5 or self.twin is not None:
             return "", ""
         op = self.rng.choice(waiting)
         return op, ("before", "after")[self.recorder.undone[op] % 2]
@@ -364,11 +381,10 @@ class _Run:
     def look_at_attributes(self) -> None:
         """State lives in tables: a consumer's own attributes are as they were made."""
         for vm, (made, before) in list(self.attributes.items()):
-            after = _plain(made)
-            changed = sorted(k for k in before.keys() | after.keys()
-                             if before.get(k) != after.get(k))  # fmt: skip
-            if changed:
-                self.found("tables", f"vm/{vm}: the consumer keeps state in {changed}")
+            after = plain(made)
+            names = changed(before, after)
+            if names:
+                self.found("tables", f"vm/{vm}: the consumer keeps state in {names}")
                 self.attributes[vm] = (made, after)
 
     def look_behind(self, vm: int, runs: Runs) -> None:
@@ -387,14 +403,8 @@ class _Run:
             self.found("unmap", f"vm/{vm}: {page} is allowed to the guest after its frame is gone")
 
     def found(self, rule: str, text: str) -> None:
-        """Note a finding."""
-        if len(self.report.findings) < FINDINGS_MAX:
+        """Note a finding, once."""
+        if not self.report.full and (rule, text) not in self.known:
+            self.known.add((rule, text))
             finding = Finding(rule, self.op, self.report.steps, self.seed, text)
             self.report.findings.append(finding)
-
-
-def _plain(made: object) -> dict[str, Any]:
-    """Return copies of an object's attributes that are plain values or collections."""
-    plain = (int, str, bytes, tuple, list, dict, set, frozenset)
-    found = getattr(made, "__dict__", {}).items()
-    return {name: copy.deepcopy(value) for name, value in found if isinstance(value, plain)}

@@ -216,16 +216,18 @@ class ModelGuest:
             self._converted([i for i in was if self.is_private(i) != was[i]])
 
     # --- what the VMM and the host do -----------------------------------------------------------
-    def launch(self) -> None:
-        """Populate some initial pages and finalize, where the vendor has that."""
+    def build(self) -> None:
+        """Populate some initial pages, where the vendor has that."""
         if self.ops.populate is not None:
             seed = self.vm << 32
             rows = make_rows(Pattern.WORDS, seed, pages(GFN, 4))
             self.engine.populate(self.vm, GFN * PAGE_SIZE, rows.tobytes())
             known = Known(Holds.WORDS, seed, "it was populated")
             self.half(True).update(dict.fromkeys(range(4), known))
-        if self.ops.finalize is not None:
-            self.engine.finalize(self.vm)
+
+    def finalize(self) -> None:
+        """Finalize; call it only where the vendor has that."""
+        self.engine.finalize(self.vm)
 
     def fault(self, page: int, n: int) -> None:
         """Fault pages in."""

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from rmemd.engine.calls import named
+from rmemd.engine.calls import named as journalled
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.errors import RmemError
 from rmemd.hooks.tables import same_state
-from rmemd.model.host import ARENA
+from rmemd.model.host import ARENA, Stored
 from rmemd.model.vms import Vm, unpack
 from rmemd.store.codec import encode_value
 from rmemd.testing.attributes import changed, plain
@@ -42,6 +42,9 @@ class Twin:
         self._one = engine.core
         self.engine = reopened(kept, replace(engine.core.options, kept_records=0))
         self._other = self.engine.core
+        with self._one.locked():
+            # the next twin reads what comes from here on, and a checkpoint
+            self._one.journal.begin_generation()
 
     def close(self) -> None:
         """Let go of it."""
@@ -68,7 +71,7 @@ class Twin:
             yield f"these tables are not what they were: {names}"
             return
         pfns = np.flatnonzero(self._one.host.flags.view & ARENA).astype(np.int64)
-        pfns = pfns[~self._one.host.poisoned(pfns)]
+        pfns = pfns[self._one.host.stored.get(pfns) != Stored.TAINTED]
         differ = (self._one.controller.raw(pfns) != self._other.controller.raw(pfns)).any(axis=1)
         if differ.any():
             yield f"{int(differ.sum())} frames hold other bytes, first pfn {pfns[differ][0]:#x}"
@@ -153,9 +156,9 @@ class Both:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(self._ask, name)
 
-    def _ask(self, name: str, *args: Any) -> Any:
-        one = outcome(partial(getattr(self._engine, name), *args))
-        other = outcome(partial(getattr(self._twin.engine, name), *args))
+    def _ask(self, name: str, *args: Any, **named: Any) -> Any:
+        one = outcome(partial(getattr(self._engine, name), *args, **named))
+        other = outcome(partial(getattr(self._twin.engine, name), *args, **named))
         if one.said != other.said:
             self._differ(f"{name} comes to {one}; after a kill to {other}")
         return one.value()
@@ -168,7 +171,7 @@ def outcome(call: Callable[[], Any]) -> Outcome:
     except RmemError as refusal:
         return Outcome(f"{refusal.reason.name}: {refusal.message}".encode(), error=refusal)
     try:
-        return Outcome(encode_value(named(result)), result)
+        return Outcome(encode_value(journalled(result)), result)
     except TypeError:
         # a report with objects of the model: the state tells the same
         return Outcome(type(result).__name__.encode(), result)

@@ -117,9 +117,10 @@ def run(directory: Path, kills: int, seed: int, clients: int = CLIENTS) -> Figur
 class CrashDaemon(Daemon):
     """A daemon that comes through the launcher."""
 
+    program = (sys.executable, launcher.__file__)
+
     def __init__(self, directory: Path, told: Path) -> None:
         super().__init__(directory, *OPTIONS, env={plans.ENVIRONMENT: str(told)})
-        self.program = (sys.executable, launcher.__file__)
 
 
 class Cycles:

@@ -56,14 +56,16 @@ class CrashClient:
         self._socket_dir = socket_dir
         self._session = Session.open(socket_dir, deadline_s=DEADLINE_S)
         self._client = self._session.client(deadline_s=DEADLINE_S)
+        # without a token, this user's calls are the host's own
+        self._admin = Client(socket_dir, deadline_s=DEADLINE_S)
         self._consumers = sorted(self._client.consumers.list().consumers, key=lambda c: c.name)
         self._next = number
         self.report = Report()
         self._store = Store(self._client, self._session)
         self._guests = [self._make_guest() for _ in range(GUESTS)]
         self._actions = {
-            "renew guest": self._renew, "visit": self._visit,
-            "compact": lambda: self._client.host.compact(),
+            "renew guest": self._renew, "guest move": self._move, "visit": self._visit,
+            "compact": lambda: self._admin.host.compact(),
         }  # fmt: skip
 
     def work(self, pause: Event) -> None:
@@ -99,6 +101,7 @@ class CrashClient:
         for one in (*self._guests, self._store):
             one.dispose()
         self._count()
+        self._admin.close()
         self._client.close()
         self._session.close()
 
@@ -116,6 +119,9 @@ class CrashClient:
         self._next += 1
         return Guest(self._client, self._consumers[self._next % len(self._consumers)])
 
+    def _move(self) -> None:
+        self._rng.choice(self._guests).move(self._rng, self._admin)
+
     def _renew(self) -> None:
         """Check a guest for the last time, and have another in its place, of another consumer."""
         one = self._guests.pop(0)
@@ -128,6 +134,7 @@ class CrashClient:
         """Open another session, with a VM that goes with it."""
         with Session.open(self._socket_dir, deadline_s=DEADLINE_S) as session:
             with session.client(deadline_s=DEADLINE_S) as client:
+                client.wait_ready(DEADLINE_S)
                 require("session", client.sessions.whoami().session, session.number)
 
     # --- what is told ------------------------------------------------------------------------

@@ -85,10 +85,10 @@ class Guest:
         self._run([*programme, _write(where, seed, is_private)])
         self._became(first, n, PRIVATE if is_private else SHARED, seed)
 
-    def move(self, rng: random.Random) -> None:
+    def move(self, rng: random.Random, admin: Client) -> None:
         """Have the host move pages of the guest to other frames, as far as the vendor lets it."""
         first, n = self._alike(rng)
-        self._client.host.migrate(vm=self.machine.vm, gfns=[(first, n)])
+        admin.host.migrate(vm=self.machine.vm, gfns=[(first, n)])
 
     def check(self) -> None:
         """Have the guest compare every page that it has written.

@@ -10,8 +10,9 @@ import os
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from unittest.mock import patch
 
 from acts import INSTALLED, PAGES, act
@@ -19,10 +20,13 @@ from guests import Guest
 from keeping import Kept, kept_engine
 
 from rmemd.engine.engine import Engine
+from rmemd.errors import RmemError
 from rmemd.store.log import Checkpoint, Log
 
 # a frame's length and crc, and the byte that says what it is
 HEAD = 9
+# more have no room beside each other: a vendor's keys are few
+GUESTS_MAX = 40
 # a checkpoint as soon as the log is longer than this, or never
 OFTEN, NEVER = 512 << 10, 1 << 62
 
@@ -136,6 +140,13 @@ def checkpointing(after_bytes: int) -> Iterator[None]:
         yield
 
 
+def _end(engine: Engine, guest: Guest) -> None:
+    """End a guest, unless the run has done so."""
+    for end in (partial(engine.destroy_vm, guest.vm), partial(engine.close_file, guest.file)):
+        with suppress(RmemError):
+            end()
+
+
 def record(
     operations: int,
     seed: int,
@@ -159,6 +170,8 @@ def record(
         with checkpointing(checkpoint_bytes):
             guests = [Guest(engine, name, PAGES) for name in INSTALLED]
             for _ in range(operations):
+                if len(guests) > GUESTS_MAX:
+                    _end(engine, guests.pop(0))
                 act(engine, guests, rng)
         tape.take()
         found = Log.read(engine.core.journal._log.fds)  # type: ignore[union-attr]

@@ -340,3 +340,19 @@ def run(scope: Scope, states_max: int | None = None) -> Explored:
         return explorer.explore(states_max)
     finally:
         explorer.close()
+
+
+EVERY = ("fault", "allocate", "punch", "convert", "migrate", "pin")
+SCOPES = (
+    Scope("sw-protected", in_place=True, ops=("fault", "allocate", "punch", "convert", "migrate")),
+    Scope("null", in_place=False, npages=2, ops=EVERY),
+    Scope("tdx-today", in_place=False, npages=2),
+    Scope("tdx-relocate", in_place=False, npages=2),
+)
+# what the suite has time for
+SMALL = (
+    Scope("sw-protected", in_place=True, npages=1, frames=3, ops=EVERY),
+    Scope("null", in_place=False, npages=1, frames=3, ops=EVERY),
+    Scope("tdx-today", in_place=False, npages=1, frames=3),
+    Scope("tdx-relocate", in_place=False, npages=1, frames=3),
+)

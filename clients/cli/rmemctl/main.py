@@ -26,6 +26,7 @@ from .commands import (
     operations,
     page,
     sessions,
+    trace,
     vm,
     watch,
 )
@@ -54,8 +55,8 @@ def cli() -> None:
 
 
 MODULES = (
-    host, vm, mem, page, ledger, consumers, jobs, operations, sessions, fault, watch, explain,
-    completion,
+    host, vm, mem, page, ledger, consumers, jobs, operations, sessions, fault, trace, watch,
+    explain, completion,
 )  # fmt: skip
 # registers itself with the group that it belongs to
 assert graph.COMMANDS

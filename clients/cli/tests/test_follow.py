@@ -145,7 +145,7 @@ def test_what_shows_state_can_be_watched_and_nothing_else() -> None:
         "host show", "host accounting", "host graph", "vm list", "vm show", "vm attributes",
         "mem list", "mem show", "page show", "page who", "page map", "pins list",
         "consumers list", "consumers ops", "job list", "session list", "whoami", "fault list",
-        "fault points",
+        "fault points", "trace show",
     }  # fmt: skip
 
 

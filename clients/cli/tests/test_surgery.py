@@ -18,11 +18,13 @@ def test_what_holds_is_said_with_its_meaning(rmemctl: Ctl) -> None:
     result = rmemctl("host", "check")
     assert (result.code, result.err) == (0, "")
     assert result.lines == [
-        "I1, I3 hold at revision 43 (checked in 4.2 ms)",
+        "I1, I3, I24 hold at revision 43 (checked in 4.2 ms, 7 transactions watched)",
         "",
-        "INVARIANT  MEANING",
-        "I1         a frame names its page, and the page the frame",
-        "I3         a free frame is nobody's",
+        "INVARIANT  STATUS     MEANING",
+        "I1         checked    a frame names its page, and the page the frame",
+        "I3         checked    a free frame is nobody's",
+        "I8         unwatched  each start has its end",
+        "I24        sampled    private bytes are told to nobody",
     ]
 
 
@@ -37,7 +39,9 @@ def test_a_violation_is_told_and_exits_with_1(rmemctl: Ctl, daemon: FakeDaemon, 
     assert "I3" in result.out
     assert "hold at revision" not in result.out
     if form == "table":
-        assert result.lines == ["INVARIANT  VIOLATED", "I3         page 0x2a is free with refs"]
+        told = ["INVARIANT  VIOLATED", "I3         page 0x2a is free with refs", ""]
+        assert result.lines[:3] == told
+        assert result.lines[3].startswith("INVARIANT  STATUS ")
 
 
 # --- fault rules ---------------------------------------------------------------------------------

@@ -1,16 +1,14 @@
 """What a call carries besides its request, and when it is sent again.
 
-Owns request ids, the token's metadata and the pauses between attempts, for both halves of this
-library. A call that may change something has an id of its own: should the connection be lost, it
-is sent again under the same id, and the daemon, which remembers what it answered, does it once.
+Owns request ids and the metadata of a call, for both halves of this library. A call that may change
+something has an id of its own: should the connection be lost, it is sent again under the same id,
+and the daemon, which remembers what it answered, does it once.
 """
 
 from __future__ import annotations
 
-import random
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import TypeAlias
 
 from google.protobuf.message import Message
@@ -19,19 +17,13 @@ from .address import Token
 
 REQUEST_ID = "rmem-request-id"
 TOKEN = "rmem-token"
-# what a stream's first metadata says: which daemon it comes from
+# by this metadata a daemon says which memory it has; who was told once sends it with each call, so
+# that another daemon, to which the old handles mean other things, does not carry it out
 DAEMON = "rmem-daemon"
 
 CLOSED = "this client was closed meanwhile"
 
 DEFAULT_DEADLINE_S = 30.0
-DEFAULT_RECONNECT_S = 10.0
-
-# Seconds before the second attempt, at most; each further pause may be twice as long. Their length
-# is drawn, so that the clients of one daemon do not all come back in the same moment.
-PAUSE_S = 0.02
-PAUSE_MAX_S = 1.0
-
 # by the names of RPCs: these change nothing, so nobody minds if they are done twice
 READS = ("Get", "List", "Read", "Explain", "Who", "Wait", "Check")
 
@@ -48,29 +40,22 @@ def mutates(kind: type[Message]) -> bool:
     return known
 
 
-def metadata_of(request: Message, token: Token) -> Metadata | None:
-    """Return a call's metadata; a new id with each call of this function."""
-    told = identity(token)
-    if not mutates(type(request)):
-        return told
-    requested = ((REQUEST_ID, str(uuid.uuid4())),)
-    return requested if told is None else told + requested
+def metadata_of(request: Message, token: Token, daemon: str = "") -> Metadata | None:
+    """Return a call's metadata, ``daemon`` if that is known; a new id with each call of this."""
+    told = identity(token) or ()
+    if daemon:
+        told += ((DAEMON, daemon),)
+    if mutates(type(request)):
+        told += ((REQUEST_ID, str(uuid.uuid4())),)
+    return told or None
+
+
+def daemon_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """Return which daemon a reply's metadata is of, "" if it does not say."""
+    return next((str(value) for key, value in metadata or () if key == DAEMON), "")
 
 
 def identity(token: Token) -> Metadata | None:
     """Return what says who calls."""
     text = token if isinstance(token, str) else token()
     return ((TOKEN, text),) if text else None
-
-
-def pauses() -> Iterator[float]:
-    """Yield the seconds to let pass before each further attempt."""
-    longest = PAUSE_S
-    while True:
-        yield random.uniform(0.0, longest)
-        longest = min(2 * longest, PAUSE_MAX_S)
-
-
-def remaining(end: float) -> float:
-    """Return the seconds until ``end``, a time of ``time.monotonic``, and at least 0."""
-    return max(0.0, end - time.monotonic())

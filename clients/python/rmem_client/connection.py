@@ -15,17 +15,9 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from .address import Address, Token
-from .calls import (
-    CLOSED,
-    DEFAULT_DEADLINE_S,
-    DEFAULT_RECONNECT_S,
-    Metadata,
-    identity,
-    metadata_of,
-    pauses,
-    remaining,
-)
+from .calls import CLOSED, DEFAULT_DEADLINE_S, Metadata, daemon_of, identity, metadata_of
 from .errors import DaemonUnreachable, RmemError, decode, is_lost, sent_again
+from .pauses import DEFAULT_RECONNECT_S, pauses, remaining
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response")
@@ -53,6 +45,8 @@ class Connection:
         self.deadline_s = deadline_s
         self.reconnect_s = reconnect_s
         self.last_revision = 0
+        # which memory the handles are of that this client has, "" as long as nobody has said
+        self.daemon = ""
         self.closed = threading.Event()
         self.channel = _open(address)
         # whether anybody ever answered: if not, there is no connection to get back
@@ -72,7 +66,8 @@ class Connection:
         """Make a call; raise the typed error if it is refused.
 
         A call whose connection is lost is sent again, under the same request id, as long as its
-        deadline and ``reconnect_s`` allow.
+        deadline and ``reconnect_s`` allow. A daemon that has not the memory of the first one that
+        answered refuses every call (``MemoryLost``).
 
         Args:
             method: the stub's method.
@@ -81,9 +76,9 @@ class Connection:
         """
         timeout = self.deadline_s if deadline_s is None else deadline_s
         end = time.monotonic() + timeout
-        metadata = metadata_of(request, self.token)
+        metadata = metadata_of(request, self.token, self.daemon)
         try:
-            reply = method(request, timeout=timeout, metadata=metadata)
+            reply = self._send(method, request, metadata, timeout)
         except grpc.RpcError as error:
             # all that gRPC knows is in the typed error; its own dump of it would only bury that
             if not self.can_return(error):
@@ -132,6 +127,19 @@ class Connection:
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     raise self.error(error) from None
 
+    def _send(
+        self,
+        method: grpc.UnaryUnaryMultiCallable[Request, Response],
+        request: Request,
+        metadata: Metadata | None,
+        timeout: float,
+    ) -> Response:
+        if self.daemon:
+            return method(request, timeout=timeout, metadata=metadata)
+        reply, call = method.with_call(request, timeout=timeout, metadata=metadata)
+        self.daemon = daemon_of(call.trailing_metadata())
+        return reply
+
     def _again(
         self,
         method: grpc.UnaryUnaryMultiCallable[Request, Response],
@@ -144,7 +152,7 @@ class Connection:
         for pause_s in pauses():
             try:
                 self.come_back(pause_s, give_up)
-                return method(request, timeout=remaining(end), metadata=metadata)
+                return self._send(method, request, metadata, remaining(end))
             except DaemonUnreachable as error:
                 raise sent_again(error) from None
             except grpc.RpcError as error:

@@ -85,7 +85,8 @@ class DaemonProcess:
         command = [
             # whatever this machine's own daemon is configured as
             self._command, "serve", "--config", os.devnull,
-            "--socket-dir", str(self.socket_dir), "--log-json",
+            # one that is killed is to be gone
+            "--socket-dir", str(self.socket_dir), "--log-json", "--no-keeper",
             "--ready-fd", str(ready_of_daemon), *self._options,
         ]  # fmt: skip
         begun = time.monotonic()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .address import Address
 
 DOMAIN = "rmemd"
+# of a call that was stopped for the daemon's successor, which is there in a moment
+MAKES_WAY = "HANDING_OVER"
 
 # By these the kernel says that an operation does not exist for an object: rmemd's "unsupported".
 UNSUPPORTED_ERRNOS = frozenset({"EOPNOTSUPP", "ENOTTY", "ENODEV"})
@@ -216,6 +218,14 @@ class Poisoned(RmemError):
     """The frame's content is lost."""
 
 
+class MemoryLost(RmemError):
+    """The daemon that this client knew has ended with all memory; who answers is another one."""
+
+
+class Restarted(RmemError):
+    """The daemon was started again while a long job ran; what that had done stands."""
+
+
 class PluginFault(RmemError):
     """A plugin, or the daemon, raised or answered nonsense; the transaction was undone."""
 
@@ -273,6 +283,12 @@ _CLASSES: dict[grpc.StatusCode, type[RmemError]] = {
 }
 
 
+_BY_REASON: dict[str, type[RmemError]] = {
+    "MEMORY_LOST": MemoryLost,
+    "DAEMON_RESTARTED": Restarted,
+}
+
+
 def decode(error: grpc.RpcError, address: Address) -> RmemError:
     """Return the typed error for a call to ``address`` that gRPC says has failed."""
     code: grpc.StatusCode = error.code()
@@ -316,8 +332,12 @@ def _typed(
 
 
 def is_lost(error: grpc.RpcError) -> bool:
-    """Say whether gRPC itself, and no daemon, says that nobody is there."""
-    return error.code() is grpc.StatusCode.UNAVAILABLE and _status(error) is None
+    """Say whether nobody is there: gRPC itself says so, or a daemon that makes way for another."""
+    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        return False
+    status = _status(error)
+    info = _detail(status, error_details_pb2.ErrorInfo())
+    return status is None or (info is not None and info.reason == MAKES_WAY)
 
 
 def sent_again(error: RmemError) -> RmemError:
@@ -341,7 +361,8 @@ def _never_arrived(code: grpc.StatusCode, address: Address) -> bool:
 
 
 def _class(code: grpc.StatusCode, refusal: types_pb2.Refusal | None) -> type[RmemError]:
-    found = _CLASSES.get(code, RmemError)
+    found = _BY_REASON.get(refusal.reason if refusal is not None else "")
+    found = found or _CLASSES.get(code, RmemError)
     if found is Refused and refusal is not None and refusal.errno_name in UNSUPPORTED_ERRNOS:
         return Unsupported
     return found

@@ -13,8 +13,8 @@ import grpc
 
 from rmem.v1 import types_pb2, watch_pb2
 
-from .calls import DAEMON
-from .errors import OutOfRange
+from .calls import daemon_of
+from .errors import MemoryLost
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Position:
         """Compare a stream's first metadata with that of the stream before.
 
         Raises:
-            OutOfRange: it is another daemon, whose revisions count other events.
+            MemoryLost: it is another daemon, whose revisions count other events.
         """
-        told = str(dict(metadata or ()).get(DAEMON, ""))
+        told = daemon_of(metadata)
         if told and self._daemon and told != self._daemon:
-            raise OutOfRange(
+            raise MemoryLost(
                 "the connection was lost, and the daemon was started anew in between",
-                code=grpc.StatusCode.OUT_OF_RANGE,
-                reason="DAEMON_RESTARTED",
+                code=grpc.StatusCode.DATA_LOSS,
+                reason="MEMORY_LOST",
                 refusal=types_pb2.Refusal(
                     remedy="List the objects again and watch from the revision of that reply."
                 ),

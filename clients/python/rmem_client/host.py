@@ -6,12 +6,15 @@ Everything counts pages of 4096 bytes here; a ``pfn`` is a host frame's number.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from rmem.v1 import host_pb2, host_pb2_grpc, types_pb2
 
 from .connection import Connection
 from .pages import page_address, page_range, page_ranges
+from .pauses import pauses
+from .upgraded import Upgraded
 
 
 class Host:
@@ -216,6 +219,27 @@ class Host:
         """Remove a fault rule."""
         request = host_pb2.RemoveFaultRuleRequest(rule=rule)
         return self._connection.call(self._stub.RemoveFaultRule, request)
+
+    def upgrade(self) -> Upgraded:
+        """Have the daemon make way for a successor, new code included, and wait until that serves.
+
+        Nothing is lost by it, and no call of this library fails: those that find nobody are sent
+        again.
+
+        Raises:
+            Refused: nobody keeps the daemon's memory.
+            DaemonUnreachable: there was no successor in time.
+        """
+        connection = self._connection
+        before = connection.call(self._stub.Upgrade, host_pb2.UpgradeRequest())
+        begun = time.monotonic()
+        for pause_s in pauses():
+            after = self.get()
+            if after.daemon_pid != before.daemon_pid:
+                return Upgraded(before, after, time.monotonic() - begun)
+            # it still had time to answer that
+            connection.come_back(pause_s, begun + connection.reconnect_s)
+        raise AssertionError("unreachable: there is always another pause")
 
     def wait_graph(self) -> host_pb2.GetWaitGraphResponse:
         """Say who waits for whom, who was refused over whom, and who waits in a circle."""

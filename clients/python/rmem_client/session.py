@@ -1,8 +1,9 @@
 """A session on the session socket: who one is, descriptors, and the hot operations.
 
-Owns ``Session``, which lives as long as its process and socket do: when either ends, the daemon
-lets go of everything that the session holds. It needs no gRPC; ``Session.client``
-makes gRPC calls in its name.
+Owns ``Session``, which lives as long as its process, and until it is closed: when either ends, the
+daemon lets go of everything that the session holds. A daemon that is started again goes on with it,
+and calls that it has not answered are sent again and done once. It needs no gRPC;
+``Session.client`` makes gRPC calls in its name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import sessioncalls as calls
+from .pauses import DEFAULT_RECONNECT_S
 from .sessioncalls import Call, Converted
 from .sessionsocket import SessionSocket
 from .sessionwire import Notice, Record, Result
@@ -27,6 +29,9 @@ DEADLINE_S = 30.0
 
 class Session:
     """An open session; safe to use from many threads. Every refusal is an ``RmemError``.
+
+    While the daemon is away calls wait for it, within their deadline. Memory that is mapped stays
+    as it is meanwhile. ``MemoryLost`` says that what came back has none of it.
 
     Attributes:
         number: its handle; holders are named "session N".
@@ -55,6 +60,7 @@ class Session:
         role: str = "",
         ticket: bytes = b"",
         deadline_s: float = DEADLINE_S,
+        reconnect_s: float = DEFAULT_RECONNECT_S,
     ) -> Session:
         """Open a session.
 
@@ -64,13 +70,15 @@ class Session:
                 ticket's.
             ticket: from ``client.sessions.create_ticket``; good for one session.
             deadline_s: seconds that an answer may take.
+            reconnect_s: seconds that it may take to get a lost daemon back; 0: the session ends
+                with the connection.
 
         Raises:
             DaemonUnreachable: nobody answers.
             Denied: the role or ticket is not good.
             Exhausted: QUOTA, TOO_MANY.
         """
-        sock = SessionSocket(socket_dir, deadline_s)
+        sock = SessionSocket(socket_dir, deadline_s, reconnect_s)
         try:
             return cls(sock, role or ("" if ticket else "host"), ticket)
         except BaseException:
@@ -105,13 +113,15 @@ class Session:
     def next_notice(self, timeout_s: float | None = None) -> Notice | None:
         """Wait for what the daemon tells unasked: "revoked", "fault", "removed", "closed".
 
-        A session that leaves notices unread for seconds is ended.
+        A session that leaves notices unread for seconds is ended. Around a restart of the daemon
+        one may come twice.
 
         Args:
             timeout_s: seconds; ``None``: for ever.
 
         Raises:
             DaemonUnreachable: the session has ended.
+            MemoryLost: so has the daemon, with all memory; there is another one.
         """
         return self._sock.next_notice(timeout_s)
 

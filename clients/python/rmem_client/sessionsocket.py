@@ -1,7 +1,10 @@
 """The session socket's conversation: one socket, any number of threads.
 
 Owns the socket and who reads from it. Of the threads that wait for something, one reads and hands
-every datagram to whom it is for; when it has its own, another takes over.
+every datagram to whom it is for; when it has its own, another takes over. Who finds that the
+connection is lost gets the daemon back and takes the session up again. Then each thread that still
+waits for an answer sends its datagram once more, as it was: by its sequence the daemon knows what
+it has done.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from functools import partial
 from pathlib import Path
 
 from .paths import default_socket_dir
+from .pauses import remaining
+from .sessionreturn import GaveUp, Return, connect, say_goodbye
 from .sessionwire import (
     DATAGRAM_MAX,
     Datagram,
@@ -35,10 +40,12 @@ from .sessionwire import (
     refusal,
     request,
     results,
+    resume,
     welcome,
 )
 
 SESSION_NAME = "session.sock"
+MEMORY_LOST = "MEMORY_LOST"
 _FDS_ROOM = socket.CMSG_SPACE(struct.calcsize("i"))
 
 
@@ -48,31 +55,49 @@ class SessionSocket:
     Args:
         socket_dir: the daemon's directory; default: ``default_socket_dir()``.
         deadline_s: seconds that an answer may take.
+        reconnect_s: seconds that it may take to get a lost daemon back; 0: none.
 
     Attributes:
         path: of the socket.
     """
 
-    def __init__(self, socket_dir: str | Path | None, deadline_s: float) -> None:
+    def __init__(
+        self, socket_dir: str | Path | None, deadline_s: float, reconnect_s: float
+    ) -> None:
         directory = default_socket_dir() if socket_dir is None else Path(socket_dir)
         self.path = (directory / SESSION_NAME).absolute()
         self._deadline_s = deadline_s
+        self._reconnect_s = reconnect_s
         self._buffer = bytearray(DATAGRAM_MAX + 1)
         self._view = memoryview(self._buffer)
         self._turn = threading.Condition(threading.Lock())
         self._reading = False
         self._sequence = 0
         self._awaited: set[int] = set()
+        # how often the daemon came back; a datagram is sent once in each of these times. Held while
+        # one is sent, or while the time changes
+        self._times = 0
+        self._sending = threading.Lock()
         self._replies: dict[int, tuple[Datagram, list[int]]] = {}
+        # what says who comes: at first a HELLO, then that a session goes on
+        self._first = b""
+        self._return: Return | None = None
+        self._closed = threading.Event()
         self._welcome: Welcome | None = None
         self._notices: deque[Notice] = deque()
         self._lost: Callable[[], Exception] | None = None
-        self._sock = self._connect()
+        try:
+            self._sock = connect(self.path)
+        except OSError as error:
+            raise self._ended("") from error
 
     # --- what one asks -----------------------------------------------------------------------
     def open(self, role: str, ticket: bytes) -> Welcome:
         """Say who one wants to be; return the session."""
-        self._send(hello(role, ticket))
+        self._first = hello(role, ticket)
+        with contextlib.suppress(OSError):
+            # what the daemon said before it hung up tells more
+            self._sock.send(self._first)
         if not self._wait(lambda: self._welcome is not None, self._deadline_s):
             raise self._late()
         assert self._welcome is not None
@@ -89,15 +114,21 @@ class SessionSocket:
         with self._turn:
             self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
         datagram = request(sequence, records, stop)
+        end = time.monotonic() + self._deadline_s
         self._awaited.add(sequence)
         try:
-            self._send(datagram)
-            if not self._wait(lambda: sequence in self._replies, self._deadline_s):
-                raise self._late()
+            while sequence not in self._replies:
+                sent_at = self._send(datagram)
+                if not self._wait(partial(self._is_over, sequence, sent_at), remaining(end)):
+                    raise self._late()
             reply, fds = self._replies.pop(sequence)
         finally:
             self._awaited.discard(sequence)
         return results(reply), fds
+
+    def _is_over(self, sequence: int, sent_at: int) -> bool:
+        """Return whether a datagram was answered, or its connection was lost."""
+        return sequence in self._replies or sent_at != self._times
 
     def next_notice(self, timeout_s: float | None) -> Notice | None:
         """Return the next notice, or ``None`` if there is none in time.
@@ -117,6 +148,9 @@ class SessionSocket:
 
     def close(self) -> None:
         """End the session; whoever waits is told."""
+        self._closed.set()
+        # whether there is a session for a daemon to go on with, which does not see this end
+        away = self._welcome is not None and (self._return is not None or _hung_up(self._sock))
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         with self._turn:
@@ -127,26 +161,18 @@ class SessionSocket:
             for _, fds in self._replies.values():
                 _close_all(fds)
             self._replies.clear()
+        if away and self._reconnect_s > 0:
+            say_goodbye(self.path, self._first)
 
     # --- the socket --------------------------------------------------------------------------
-    def _connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, 2 * DATAGRAM_MAX)
-        try:
-            sock.connect(str(self.path))
-        except OSError as error:
-            sock.close()
-            raise self._ended("") from error
-        return sock
-
-    def _send(self, datagram: bytes) -> None:
-        try:
-            self._sock.send(datagram)
-        except OSError as error:
-            # what the daemon said before it hung up tells more
-            self._wait(lambda: False, self._deadline_s)
-            raise self._ended("the session has ended") from error
+    def _send(self, datagram: bytes) -> int:
+        """Send it, where there is a connection; return in which time."""
+        with self._sending:
+            if self._return is None:
+                with contextlib.suppress(OSError):
+                    # that it is lost, and why, who reads will find out
+                    self._sock.send(datagram)
+            return self._times
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait, reading if nobody else does; return whether it is ready."""
@@ -171,9 +197,15 @@ class SessionSocket:
         self._turn.release()
         got: tuple[Datagram, list[int]] | None = None
         lost: Callable[[], Exception] | None = None
+        before = self._return
         try:
-            got = self._receive(timeout_s)
-        except (OSError, ProtocolError) as error:
+            if before is None:
+                got = self._receive(timeout_s)
+            else:
+                lost = self._come_back(before, timeout_s)
+        except OSError as error:
+            lost = self._broken(error)
+        except (GaveUp, ProtocolError) as error:
             lost = partial(self._ended, f"the session has ended: {error}")
         finally:
             self._turn.acquire()
@@ -184,7 +216,41 @@ class SessionSocket:
             return True
         if got is not None:
             self._sort(*got)
-        return got is not None
+        # a connection that is lost, or there again, is worth another look
+        return got is not None or self._return is not before
+
+    def _broken(self, error: OSError) -> Callable[[], Exception] | None:
+        """Begin to get the daemon back; return the error if that is not wanted."""
+        if self._closed.is_set() or self._reconnect_s <= 0:
+            return partial(self._ended, f"the session has ended: {error}")
+        self._return = Return(self.path, self._first, self._reconnect_s, self._closed)
+        return None
+
+    def _come_back(self, wanted: Return, timeout_s: float | None) -> Callable[[], Exception] | None:
+        """Wait for the daemon, and take the session up; return the error if it has ended."""
+        answered = wanted.answer(timeout_s)
+        if answered is None:
+            return None
+        sock, datagram = answered
+        with sock:
+            if datagram.kind == Kind.REFUSED:
+                return self._not_taken_up(bytes(datagram.body))
+            if datagram.kind != Kind.WELCOME:
+                raise ProtocolError(f"kind {datagram.kind} where a WELCOME is expected")
+            with self._sending:
+                # the number stays, for those who poll it
+                os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
+                self._sort(datagram, [])
+                self._times += 1
+                self._return = None
+        return None
+
+    def _not_taken_up(self, body: bytes) -> Callable[[], Exception]:
+        """Return the error for a session that the daemon does not go on with."""
+        told = partial(refusal, body, 0)
+        if self._welcome is None or told().reason == MEMORY_LOST:
+            return told
+        return partial(self._ended, "the session has ended: the daemon hung up")
 
     def _receive(self, timeout_s: float | None) -> tuple[Datagram, list[int]] | None:
         if timeout_s is not None:
@@ -221,6 +287,7 @@ class SessionSocket:
             self._notices.extend(notices(datagram))
         elif datagram.kind == Kind.WELCOME:
             self._welcome = welcome(datagram.body)
+            self._first = resume(self._welcome.session, self._welcome.token)
         elif datagram.kind == Kind.REFUSED:
             self._lost = partial(refusal, bytes(datagram.body), 0)
 
@@ -239,6 +306,12 @@ class SessionSocket:
         return DeadlineExceeded(
             f"no answer within {self._deadline_s:g} s", code=grpc.StatusCode.DEADLINE_EXCEEDED
         )
+
+
+def _hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -27,13 +27,14 @@ WRITE = 2
 
 FRAME = struct.Struct("<HBBHHII")
 HELLO = struct.Struct("<HHI")
+RESUME = struct.Struct("<Q")
 WELCOME = struct.Struct("<QQQHHHHII")
 RECORD = struct.Struct("<HHIQQQQII")
 RESULT = struct.Struct("<IIIIQQII")
 NOTICE = struct.Struct("<HHIQQQQQQQ")
 DATAGRAM_MAX = FRAME.size + RECORDS_MAX * RECORD.size + PAYLOAD_MAX
 
-ROLES = {"": 0, "host": 1, "guest": 2, "device": 3, "admin": 4}
+ROLES = {"": 0, "host": 1, "guest": 2, "device": 3, "admin": 4, "resume": 5}
 _ROLE_NAMES = {number: name for name, number in ROLES.items()}
 ECANCELED = 125
 
@@ -154,6 +155,11 @@ def hello(role: str, ticket: bytes) -> bytes:
     """Put the first datagram together; raises KeyError for a role that there is not."""
     body = HELLO.pack(ROLES[role], len(ticket), 0) + ticket
     return FRAME.pack(MAGIC, VERSION, Kind.HELLO, 0, 0, len(body), 0) + body
+
+
+def resume(session: int, token: str) -> bytes:
+    """Put the first datagram to a daemon that was started again together."""
+    return hello("resume", RESUME.pack(session) + token.encode())
 
 
 def request(sequence: int, records: list[Record], stop: bool) -> bytes:

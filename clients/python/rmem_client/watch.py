@@ -20,10 +20,11 @@ import grpc
 
 from rmem.v1 import watch_pb2, watch_pb2_grpc
 
-from .calls import identity, pauses
+from .calls import identity
 from .connection import Connection
-from .errors import DaemonUnreachable, OutOfRange, RmemError, sent_again
+from .errors import DaemonUnreachable, MemoryLost, RmemError, sent_again
 from .events import Event, Lost, Position, Progress, WatchItem
+from .pauses import pauses
 
 __all__ = ["Event", "Lost", "Progress", "Watch", "WatchItem", "open_watch"]
 
@@ -117,7 +118,7 @@ class Watch(Iterator[WatchItem]):
         self._new, self._resumed, self._pauses = False, False, pauses()
         try:
             self._position.check_daemon(self._stream.initial_metadata())
-        except OutOfRange:
+        except MemoryLost:
             self.close()
             raise
 
@@ -127,7 +128,7 @@ class Watch(Iterator[WatchItem]):
             return typed
         try:
             self._position.check_daemon(self._stream.initial_metadata())
-        except OutOfRange as other:
+        except MemoryLost as other:
             return other
         return sent_again(typed)
 

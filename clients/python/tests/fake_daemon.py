@@ -27,6 +27,7 @@ from rmem.v1 import (
     host_pb2,
     job_pb2,
     session_pb2,
+    trace_pb2,
     types_pb2,
     vcpu_pb2,
     vm_pb2,
@@ -34,8 +35,8 @@ from rmem.v1 import (
 )
 
 FILES = [
-    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, vcpu_pb2, vm_pb2,
-    watch_pb2,
+    consumer_pb2, file_pb2, host_pb2, job_pb2, operations_pb2, session_pb2, trace_pb2, vcpu_pb2,
+    vm_pb2, watch_pb2,
 ]  # fmt: skip
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -234,7 +234,7 @@ def test_cancelling_a_task_cancels_its_call(daemon: FakeDaemon) -> None:
 
 
 def test_pauses_grow_and_differ() -> None:
-    from rmem_client.calls import PAUSE_MAX_S, pauses
+    from rmem_client.pauses import PAUSE_MAX_S, pauses
 
     drawn = [[next(one) for _ in range(12)] for one in (pauses() for _ in range(200))]
     longest = [max(column) for column in zip(*drawn, strict=True)]

@@ -56,7 +56,7 @@ class DaemonProcess:
         command = [*rmemd_command(), "serve", "--socket-dir", str(self.socket_dir)]
         with self.log.open("wb") as log:
             self._child = subprocess.Popen(
-                [*command, "--ready-fd", str(theirs), "--log-json", *self._options],
+                [*command, "--ready-fd", str(theirs), "--log-json", "--no-keeper", *self._options],
                 pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip

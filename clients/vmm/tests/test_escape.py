@@ -112,7 +112,7 @@ class Shared:
                 [
                     *rmemd_command(), "serve", "--socket-dir", str(self.socket_dir),
                     "--host-memory", "64M", "--set", "access.mode=shared", "--log-json",
-                    "--tcp", "127.0.0.1:0", "--insecure", "--ready-fd", str(theirs),
+                    "--no-keeper", "--tcp", "127.0.0.1:0", "--insecure", "--ready-fd", str(theirs),
                 ],
                 pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip

@@ -43,6 +43,7 @@ ACCOUNT_COLUMNS = [
 
 INVARIANT_COLUMNS = [
     Column("INVARIANT", lambda one: one.invariant),
+    Column("STATUS", lambda one: enum_word(one, "status")),
     Column("MEANING", lambda one: one.meaning, wrap=True),
 ]
 
@@ -74,6 +75,8 @@ def show(settings: Settings) -> None:
             ("memory", f"{pages_text(reply.nframes)}, {pages_text(reply.free_pages)} free"),
             ("has", has_text(reply)),
             ("daemon's own", daemon_text(reply)),
+            ("kept by", kept_text(reply)),
+            *([("read-only", reply.read_only)] if reply.read_only else []),
         ]
     )
     uses = [(enum_word(count, "use"), count.npages, reply.nframes) for count in reply.counts]
@@ -114,12 +117,14 @@ def accounting(settings: Settings, vm: int) -> None:
 def check(settings: Settings) -> None:
     """Check the invariants over the whole state; exit with 1 if one does not hold.
 
-    The daemon serves nobody meanwhile: it sweeps all frames, files and VMs.
+    The daemon serves nobody meanwhile: it sweeps all frames, files and VMs. Checked: all that an
+    invariant is about was looked at. Sampled: some of it, or the transactions that were watched
+    since the start. Unwatched: it is about transactions, and none was watched.
     """
     reply = settings.client.host.check()
-    shown: list[Any] = [Table(VIOLATION_COLUMNS, reply.violations)]
-    if not reply.violations:
-        shown = [held_text(reply), Table(INVARIANT_COLUMNS, reply.checked)]
+    shown: list[Any] = [held_text(reply), Table(INVARIANT_COLUMNS, reply.checked)]
+    if reply.violations:
+        shown = [Table(VIOLATION_COLUMNS, reply.violations), *shown[1:]]
     settings.out.show(
         reply,
         *shown,
@@ -148,6 +153,36 @@ def online(settings: Settings, pfns: tuple[int, int]) -> None:
     settings.out.show(reply, f"{count_text(frames, 'frame')} came back")
 
 
+@host.command()
+@pass_settings
+def upgrade(settings: Settings) -> None:
+    """Have the daemon make way for a successor, new code included, that finds all it had.
+
+    Guests, sessions and clients' calls go on with the successor. This is also how a daemon leaves
+    safe mode.
+    """
+    done = settings.client.host.upgrade()
+    before, after = done.before, done.after
+    settings.out.show(
+        {
+            "revision": after.revision,
+            "version_before": before.version,
+            "version": after.version,
+            "daemon_pid_before": before.daemon_pid,
+            "daemon_pid": after.daemon_pid,
+            "unserved_seconds": done.unserved_s,
+        },
+        Facts(
+            [
+                ("rmemd", f"{before.version} made way for {after.version}"),
+                ("process", f"{before.daemon_pid} made way for {after.daemon_pid}"),
+                ("revision", str(after.revision)),
+                ("nothing served", f"for {done.unserved_s * 1000:.0f} ms"),
+            ]
+        ),
+    )
+
+
 @click.command(cls=Command)
 @click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds.")
 @pass_settings
@@ -165,17 +200,29 @@ def has_text(reply: Any) -> str:
 
 def daemon_text(reply: Any) -> str:
     """Say what the daemon itself uses."""
-    text = size_text(reply.daemon_rss_bytes)
+    text = f"process {reply.daemon_pid}, {size_text(reply.daemon_rss_bytes)}"
     if reply.daemon_fds:
         text += f", {count_text(reply.daemon_fds, 'descriptor')}"
     return text
 
 
+def kept_text(reply: Any) -> str:
+    """Say who keeps the memory beyond the daemon's death, and how often it was started."""
+    text = reply.kept_by or "nobody"
+    if reply.keeper_pid:
+        text += f", process {reply.keeper_pid}"
+    starts = reply.starts_in_a_row
+    return text if starts <= 1 else f"{text}; {count_text(starts, 'start')} in a row"
+
+
 def held_text(reply: Any) -> str:
     """Say what holds, and for how long everybody else had to wait."""
-    numbers = ", ".join(one.invariant for one in reply.checked)
-    took = f"{reply.held_seconds * 1000:.1f} ms"
-    return f"{numbers} hold at revision {reply.revision} (checked in {took})"
+    numbers = ", ".join(
+        one.invariant for one in reply.checked if enum_word(one, "status") != "unwatched"
+    )
+    took = f"checked in {reply.held_seconds * 1000:.1f} ms"
+    watched = count_text(reply.watched_transactions, "transaction")
+    return f"{numbers} hold at revision {reply.revision} ({took}, {watched} watched)"
 
 
 def orders_text(free_blocks: Any) -> str:

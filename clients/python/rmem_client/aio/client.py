@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..address import Tls, Token, find_address, find_token
-from ..calls import DEFAULT_DEADLINE_S, DEFAULT_RECONNECT_S
+from ..calls import DEFAULT_DEADLINE_S
+from ..pauses import DEFAULT_RECONNECT_S
 from .connection import Connection
 from .consumers import Consumers
 from .files import Files
 from .host import Host
 from .jobs import Jobs
 from .sessions import Sessions
+from .traces import Traces
 from .vcpus import Vcpus
 from .vms import Vms
 from .watch import Watch, open_watch
@@ -53,6 +55,7 @@ class Client:
         consumers: vendor back ends and their ops tables.
         jobs: long jobs, on the daemon's own threads.
         sessions: who calls.
+        traces: recordings of what the daemon is asked.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Client:
         self.consumers = Consumers(self._connection)
         self.jobs = Jobs(self._connection)
         self.sessions = Sessions(self._connection)
+        self.traces = Traces(self._connection)
 
     async def __aenter__(self) -> Client:
         return self

@@ -21,9 +21,10 @@ import grpc
 
 from rmem.v1 import watch_pb2, watch_pb2_grpc
 
-from ..calls import identity, pauses
-from ..errors import DaemonUnreachable, OutOfRange, RmemError, sent_again
+from ..calls import identity
+from ..errors import DaemonUnreachable, MemoryLost, RmemError, sent_again
 from ..events import Event, Lost, Position, Progress, WatchItem
+from ..pauses import pauses
 from .connection import Connection
 
 __all__ = ["Event", "Lost", "Progress", "Watch", "WatchItem", "open_watch"]
@@ -120,7 +121,7 @@ class Watch(AsyncIterator[WatchItem]):
         self._new, self._resumed, self._pauses = False, False, pauses()
         try:
             self._position.check_daemon(await self._stream.initial_metadata())
-        except OutOfRange:
+        except MemoryLost:
             await self.close()
             raise
 
@@ -130,7 +131,7 @@ class Watch(AsyncIterator[WatchItem]):
             return typed
         try:
             self._position.check_daemon(await self._stream.initial_metadata())
-        except OutOfRange as other:
+        except MemoryLost as other:
             return other
         return sent_again(typed)
 

@@ -96,6 +96,38 @@ MOVE_OUTCOME_FAILED: MoveOutcome.ValueType  # 4
 """The vendor, or the lack of a frame, stopped it."""
 Global___MoveOutcome: _TypeAlias = MoveOutcome  # noqa: Y015
 
+class _InvariantStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InvariantStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InvariantStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INVARIANT_STATUS_UNSPECIFIED: _InvariantStatus.ValueType  # 0
+    """Never sent."""
+    INVARIANT_STATUS_CHECKED: _InvariantStatus.ValueType  # 1
+    """It holds: all that it is about was looked at."""
+    INVARIANT_STATUS_VIOLATED: _InvariantStatus.ValueType  # 2
+    """It does not hold."""
+    INVARIANT_STATUS_SAMPLED: _InvariantStatus.ValueType  # 3
+    """It holds for a sample of what it is about, or for the transactions that were watched."""
+    INVARIANT_STATUS_UNWATCHED: _InvariantStatus.ValueType  # 4
+    """It is about transactions, and none was watched."""
+
+class InvariantStatus(_InvariantStatus, metaclass=_InvariantStatusEnumTypeWrapper):
+    """InvariantStatus is how an invariant stands."""
+
+INVARIANT_STATUS_UNSPECIFIED: InvariantStatus.ValueType  # 0
+"""Never sent."""
+INVARIANT_STATUS_CHECKED: InvariantStatus.ValueType  # 1
+"""It holds: all that it is about was looked at."""
+INVARIANT_STATUS_VIOLATED: InvariantStatus.ValueType  # 2
+"""It does not hold."""
+INVARIANT_STATUS_SAMPLED: InvariantStatus.ValueType  # 3
+"""It holds for a sample of what it is about, or for the transactions that were watched."""
+INVARIANT_STATUS_UNWATCHED: InvariantStatus.ValueType  # 4
+"""It is about transactions, and none was watched."""
+Global___InvariantStatus: _TypeAlias = InvariantStatus  # noqa: Y015
+
 class _FaultPointKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -208,6 +240,12 @@ class GetHostResponse(_message.Message):
     DAEMON_RSS_BYTES_FIELD_NUMBER: _builtins.int
     DAEMON_FDS_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
+    DAEMON_PID_FIELD_NUMBER: _builtins.int
+    KEPT_BY_FIELD_NUMBER: _builtins.int
+    KEEPER_PID_FIELD_NUMBER: _builtins.int
+    STARTS_IN_A_ROW_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    LIFE_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Revision of the state this reply was served at."""
     mock: _builtins.bool
@@ -230,6 +268,18 @@ class GetHostResponse(_message.Message):
     """Descriptors that the daemon has open, memfds included."""
     sessions: _builtins.int
     """Sessions."""
+    daemon_pid: _builtins.int
+    """Process that serves."""
+    kept_by: _builtins.str
+    """Who keeps its memory beyond its death: "keeper", "service manager", "" for nobody."""
+    keeper_pid: _builtins.int
+    """Process of the keeper, 0 if it is not one of ours."""
+    starts_in_a_row: _builtins.int
+    """How often the daemon was started in a row, each time less than 10 s after the time before."""
+    read_only: _builtins.str
+    """Why nothing may change (safe mode), "" where it may."""
+    life: _builtins.str
+    """The life that all its memory is of: another one, and what there was is lost."""
     @_builtins.property
     def counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___FrameCount]:
         """Frames by use."""
@@ -254,10 +304,16 @@ class GetHostResponse(_message.Message):
         daemon_rss_bytes: _builtins.int = ...,
         daemon_fds: _builtins.int = ...,
         sessions: _builtins.int = ...,
+        daemon_pid: _builtins.int = ...,
+        kept_by: _builtins.str = ...,
+        keeper_pid: _builtins.int = ...,
+        starts_in_a_row: _builtins.int = ...,
+        read_only: _builtins.str = ...,
+        life: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "daemon_fds", b"daemon_fds", "daemon_rss_bytes", b"daemon_rss_bytes", "files", b"files", "free_pages", b"free_pages", "mock", b"mock", "nframes", b"nframes", "nodes", b"nodes", "revision", b"revision", "seed", b"seed", "sessions", b"sessions", "version", b"version", "vms", b"vms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "daemon_fds", b"daemon_fds", "daemon_pid", b"daemon_pid", "daemon_rss_bytes", b"daemon_rss_bytes", "files", b"files", "free_pages", b"free_pages", "keeper_pid", b"keeper_pid", "kept_by", b"kept_by", "life", b"life", "mock", b"mock", "nframes", b"nframes", "nodes", b"nodes", "read_only", b"read_only", "revision", b"revision", "seed", b"seed", "sessions", b"sessions", "starts_in_a_row", b"starts_in_a_row", "version", b"version", "vms", b"vms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1310,25 +1366,29 @@ Global___CheckHostRequest: _TypeAlias = CheckHostRequest  # noqa: Y015
 
 @_typing.final
 class Invariant(_message.Message):
-    """Invariant is what must hold between any two operations."""
+    """Invariant is what must hold between any two operations, or from one to the next."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INVARIANT_FIELD_NUMBER: _builtins.int
     MEANING_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     invariant: _builtins.str
     """Its number, "I3"."""
     meaning: _builtins.str
     """What it says, in one line."""
+    status: Global___InvariantStatus.ValueType
+    """How it stands."""
     def __init__(
         self,
         *,
         invariant: _builtins.str = ...,
         meaning: _builtins.str = ...,
+        status: Global___InvariantStatus.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["invariant", b"invariant", "meaning", b"meaning"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["invariant", b"invariant", "meaning", b"meaning", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1370,13 +1430,16 @@ class CheckHostResponse(_message.Message):
     CHECKED_FIELD_NUMBER: _builtins.int
     VIOLATIONS_FIELD_NUMBER: _builtins.int
     HELD_SECONDS_FIELD_NUMBER: _builtins.int
+    WATCHED_TRANSACTIONS_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """Revision of the state that was checked."""
     held_seconds: _builtins.float
     """How long the lock was held for it."""
+    watched_transactions: _builtins.int
+    """Transactions that were watched for what no state shows, since the daemon's start."""
     @_builtins.property
     def checked(self) -> _containers.RepeatedCompositeFieldContainer[Global___Invariant]:
-        """What was checked, by number."""
+        """All invariants there are, by number, and how each stands."""
 
     @_builtins.property
     def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Violation]:
@@ -1389,10 +1452,11 @@ class CheckHostResponse(_message.Message):
         checked: _abc.Iterable[Global___Invariant] | None = ...,
         violations: _abc.Iterable[Global___Violation] | None = ...,
         held_seconds: _builtins.float = ...,
+        watched_transactions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "held_seconds", b"held_seconds", "revision", b"revision", "violations", b"violations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checked", b"checked", "held_seconds", b"held_seconds", "revision", b"revision", "violations", b"violations", "watched_transactions", b"watched_transactions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1868,3 +1932,50 @@ class GetWaitGraphResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetWaitGraphResponse: _TypeAlias = GetWaitGraphResponse  # noqa: Y015
+
+@_typing.final
+class UpgradeRequest(_message.Message):
+    """UpgradeRequest asks a daemon to make way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeRequest: _TypeAlias = UpgradeRequest  # noqa: Y015
+
+@_typing.final
+class UpgradeResponse(_message.Message):
+    """UpgradeResponse is the last word of the daemon that makes way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DAEMON_PID_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Revision of the state this reply was served at."""
+    version: _builtins.str
+    """The version that makes way."""
+    daemon_pid: _builtins.int
+    """The process that makes way."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        version: _builtins.str = ...,
+        daemon_pid: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["daemon_pid", b"daemon_pid", "revision", b"revision", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpgradeResponse: _TypeAlias = UpgradeResponse  # noqa: Y015

@@ -130,6 +130,11 @@ class HostServiceStub:
                 request_serializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.SerializeToString,
                 response_deserializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.FromString,
                 _registered_method=True)
+        self.Upgrade = channel.unary_unary(
+                '/rmem.v1.HostService/Upgrade',
+                request_serializer=rmem_dot_v1_dot_host__pb2.UpgradeRequest.SerializeToString,
+                response_deserializer=rmem_dot_v1_dot_host__pb2.UpgradeResponse.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
@@ -269,6 +274,13 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Upgrade(self, request, context):
+        """Upgrade has the daemon make way for a successor, new code included, that finds all it had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -366,6 +378,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.GetWaitGraph,
                     request_deserializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.FromString,
                     response_serializer=rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.SerializeToString,
+            ),
+            'Upgrade': grpc.unary_unary_rpc_method_handler(
+                    servicer.Upgrade,
+                    request_deserializer=rmem_dot_v1_dot_host__pb2.UpgradeRequest.FromString,
+                    response_serializer=rmem_dot_v1_dot_host__pb2.UpgradeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -882,6 +899,33 @@ class HostService:
             '/rmem.v1.HostService/GetWaitGraph',
             rmem_dot_v1_dot_host__pb2.GetWaitGraphRequest.SerializeToString,
             rmem_dot_v1_dot_host__pb2.GetWaitGraphResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Upgrade(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rmem.v1.HostService/Upgrade',
+            rmem_dot_v1_dot_host__pb2.UpgradeRequest.SerializeToString,
+            rmem_dot_v1_dot_host__pb2.UpgradeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -71,6 +71,8 @@ class HostServiceStub:
     """ExplainReason tells what a refusal's reason means and what to try; "" lists them all."""
     GetWaitGraph: _grpc.UnaryUnaryMultiCallable[_host_pb2.GetWaitGraphRequest, _host_pb2.GetWaitGraphResponse]
     """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
+    Upgrade: _grpc.UnaryUnaryMultiCallable[_host_pb2.UpgradeRequest, _host_pb2.UpgradeResponse]
+    """Upgrade has the daemon make way for a successor, new code included, that finds all it had."""
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -115,6 +117,8 @@ class HostServiceAsyncStub(HostServiceStub):
     """ExplainReason tells what a refusal's reason means and what to try; "" lists them all."""
     GetWaitGraph: _aio.UnaryUnaryMultiCallable[_host_pb2.GetWaitGraphRequest, _host_pb2.GetWaitGraphResponse]  # type: ignore[assignment]
     """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
+    Upgrade: _aio.UnaryUnaryMultiCallable[_host_pb2.UpgradeRequest, _host_pb2.UpgradeResponse]  # type: ignore[assignment]
+    """Upgrade has the daemon make way for a successor, new code included, that finds all it had."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """HostService is the host's memory: frames, nodes, physical access, and the jobs that move pages."""
@@ -270,5 +274,13 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_host_pb2.GetWaitGraphResponse, _abc.Awaitable[_host_pb2.GetWaitGraphResponse]]:
         """GetWaitGraph says who waits for whom: calls, sessions and VMs, and the pages between them."""
+
+    @_abc_1.abstractmethod
+    def Upgrade(
+        self,
+        request: _host_pb2.UpgradeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_host_pb2.UpgradeResponse, _abc.Awaitable[_host_pb2.UpgradeResponse]]:
+        """Upgrade has the daemon make way for a successor, new code included, that finds all it had."""
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
