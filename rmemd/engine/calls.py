@@ -78,6 +78,10 @@ class Calls:
         self._notes.set(RESULTS, run, (result, revision), flush=False)
         self._by_call.setdefault(run[0], []).append(run)
 
+    def came_to_nothing(self, run: Run) -> None:
+        """Take back what a run was to come to: it was refused after all."""
+        self._notes.drop(RESULTS, run)
+
     def got_before(self, run: Run) -> int:
         """Return how far a run got when it was made before, 0 if it was not."""
         return int(self._notes.get(PROGRESS, run, 0))

@@ -211,6 +211,18 @@ class Driver:
         if run is not None:
             self.calls.got_to(run, done)
 
+    def will_come_to(self, result: object) -> None:
+        """Note what the present run will come to, as a restart finishes it if need be."""
+        run = self.waits.current.run
+        if run is not None:
+            self.calls.came_to(run, result, self.journal.revision)
+
+    def comes_to_nothing(self) -> None:
+        """Take back ``will_come_to``: the run is refused after all."""
+        run = self.waits.current.run
+        if run is not None:
+            self.calls.came_to_nothing(run)
+
     def read(self, query: Callable[[], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""
         with self._changed:

@@ -178,12 +178,22 @@ def close_session(
     """
     check(core)
     doomed = yield from core.unit(lambda: _mark(core, number))
+    core.will_come_to(_to_be_released(core, doomed))
     try:
         return (yield from _release(core, doomed))
     except Exception:
         # a vendor would not let its VM go, or the system refused: it can be asked for again
         yield from core.unit(lambda: _unmark(core, doomed))
+        core.comes_to_nothing()
         raise
+
+
+def _to_be_released(core: Core, doomed: list[SessionInfo]) -> Closed:
+    numbers = tuple(info.session for info in doomed)
+    vms = tuple(vm.info.vm for vm in core.vms.all() if vm.info.owner.session in numbers)
+    holders = [info.label for info in doomed]
+    holders += [pin.holder for pin in core.sessions.pins() if pin.owner.session in numbers]
+    return Closed(numbers, sum(core.ledger.frames(holder).size for holder in holders), vms)
 
 
 def finish_closing(core: Core) -> Steps[Closed]:

@@ -26,6 +26,8 @@ from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.types import Agent
 from rmemd.model.host import Stored, Use
+from rmemd.model.sessions import Owner
+from rmemd.model.vms import GUEST_MEMFD
 from rmemd.store.keeping import JOURNALS, Keeping
 from rmemd.store.system import System
 from rmemd.units import PAGE_SIZE, pages
@@ -446,3 +448,30 @@ def test_a_write_in_place_is_undone_though_its_record_makes_the_log_long(
         assert twin.holds(1, 1, A)
         after.close()
     engine.close()
+
+
+def test_a_session_whose_end_was_cut_off_is_ended_and_its_end_is_answered(
+    engine: Engine, kept: Kept
+) -> None:
+    """The repeat is told what the first would have been, though a restart did the rest."""
+    session = engine.open_session("uid:1", "host", "lease").session
+    owner = Owner("uid:1", session)
+    vm = engine.create_vm("tdx-today", owner=owner).info.vm
+    size = NPAGES * PAGE_SIZE
+    file = engine.create_file(vm, size).info.file
+    engine.set_memory_region(vm, 0, GUEST_MEMFD, 0, size, file)
+    engine.create_vcpu(vm, 0)
+    engine.populate(vm, 0, b"p" * size)
+    engine.get_pages(file, 0, 4 * PAGE_SIZE, owner)
+    moments: list[Engine] = []
+    _after_each_frame(engine, lambda: moments.append(reopened(kept)))
+    with engine.core.calls.of("id"):
+        closed = engine.close_session(session)
+    assert closed.released_pages == 4
+    assert len(moments) >= 2
+    for after in moments:
+        assert not after.core.sessions.exists(session)
+        assert not after.core.vms.exists(vm)
+        with after.core.calls.of("id"):
+            assert after.close_session(session) == closed
+        after.close()
