@@ -80,7 +80,8 @@ class Toy:
 
     def events(self) -> list[dict[str, Any]]:
         """Return what the keeper and the toy have logged."""
-        return [json.loads(line) for line in self._log.read_text().splitlines()]
+        whole = self._log.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
     def close(self) -> None:
         """End what is left: whoever nobody answers has nothing to live for."""

@@ -203,7 +203,8 @@ def close_file(core: Core, number: int) -> Steps[int]:
         InvalidArgument: BAD_REQUEST; it is such memory.
     """
     restricted(core, number)
-    return (yield from close(core, number))
+    freed = yield from _close(core, number)
+    return decided(freed, partial(_forget, core, number))
 
 
 def restricted(core: Core, number: int) -> RestrictedFile:
@@ -222,7 +223,18 @@ def restricted(core: Core, number: int) -> RestrictedFile:
     return file
 
 
-def close(core: Core, number: int) -> Steps[int]:
+def close(core: Core, number: int) -> Steps[None]:
+    """Drop the last reference of a file, and let its shared memory go."""
+    yield from _close(core, number)
+    yield from _forget(core, number)
+
+
+def _forget(core: Core, number: int) -> Steps[None]:
+    yield from ()
+    core.forget_shared_memory(number)
+
+
+def _close(core: Core, number: int) -> Steps[int]:
     """Drop the last reference: whole-file invalidation, slots lose the file, pages are freed."""
 
     def one() -> Steps[int]:
@@ -244,9 +256,7 @@ def close(core: Core, number: int) -> Steps[int]:
             )  # fmt: skip
         return int(private.size + shared.size)
 
-    freed = yield from core.unit(one)
-    core.forget_shared_memory(number)
-    return freed
+    return (yield from core.unit(one))
 
 
 # --- policy -------------------------------------------------------------------------

@@ -13,17 +13,15 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any, cast
 
-import numpy as np
-
 from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.errors import PluginFault, RmemError
 from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.types import Runs, Why
-from rmemd.model.host import Use
 from rmemd.model.vms import unpack
 from rmemd.testing.attributes import changed, plain
+from rmemd.testing.baseline import left, made_at_once
 from rmemd.testing.findings import Finding, Report
 from rmemd.testing.guestmodel import PAGES, ModelGuest
 from rmemd.testing.keeping import Kept, kept_engine
@@ -32,8 +30,6 @@ from rmemd.testing.restarts import Both, Twin
 from rmemd.testing.strangers import taken
 
 NFRAMES = 2048
-# VMs that are made at most to see how many keys the vendor has
-CAPACITY_MAX = 24
 # how often each action is drawn; the last ones end a VM's life, or part of it
 ACTIONS: tuple[tuple[str, int], ...] = (
     ("write", 16), ("read", 8), ("fault", 3), ("allocate", 2), ("punch", 3), ("convert", 6),
@@ -158,13 +154,8 @@ class _Run:
         self.report.unreached = frozenset(op for op in self.ops if not self.recorder.calls[op])
 
     def capacity(self) -> int:
-        """Return how many VMs there can be at once, up to CAPACITY_MAX."""
-        made: list[int] = []
-        try:
-            while len(made) < CAPACITY_MAX:
-                made.append(self.engine.create_vm(self.variant, None, self.config).info.vm)
-        except RmemError:
-            pass
+        """Return how many VMs there can be at once."""
+        made = made_at_once(self.engine, self.variant, self.config)
         for vm in made:
             self.act("destroy", lambda vm=vm: self.engine.destroy_vm(vm))  # type: ignore[misc]
         return len(made)
@@ -211,22 +202,11 @@ class _Run:
 
     def baseline(self, capacity: int) -> None:
         """Compare what is left with an empty host."""
-        host = self.core.host
-        kept = np.ones(NFRAMES, dtype=np.bool_)
-        kept[list(self.poisoned)] = False
-        gone = (Use.FREE, Use.LEAKED) if self.may_leak else (Use.FREE,)
-        left = np.flatnonzero(kept & ~np.isin(host.use.view, gone))
-        if left.size:
-            uses = sorted({Use(int(u)).name for u in host.use.view[left]})
-            self.found("frames", f"{left.size} frames are left {uses}, first pfn {left[0]:#x}")
-        if any(self.core.ledger.count(entry) for entry in self.core.ledger.entries()):
-            self.found("frames", "references or pins are left in the ledger")
+        for text in left(self.core, self.poisoned, self.may_leak):
+            self.found("frames", text)
         after = self.capacity()
         if after != capacity:
             self.found("keys", f"{capacity} VMs could be made at first, {after} now")
-        tables = [name for name in self.core.space.tables if name.startswith(("vm/", "file/"))]
-        if tables or len(host.vm_keys):
-            self.found("frames", f"tables or keys of VMs are left: {tables}")
 
     # --- a step ------------------------------------------------------------------------------
     def step(self) -> None:

@@ -97,7 +97,7 @@ class Player:
         tasks: the operations under way, by number.
     """
 
-    def __init__(self, trace: Trace, changes: Changes, force_handles: bool = next(count) >= gone_at > 0) -> None:
+    def __init__(self, trace: Trace, changes: Changes, force_handles: bool = False) -> None:
         self._trace = trace
         self._changes = changes
         self._force_handles = force_handles
@@ -171,7 +171,7 @@ class Player:
         ticket = wanted.args.get("ticket")
         refused = self._trace.ends.get(wanted.number, {}).get("refused", {})
         if ticket and refused.get("reason") != TOKEN_UNKNOWN.name:
-            self._core.notes.set(TICKETS, self._stand_ins.bytes_of(ticket), True, flush=next(count) >= gone_at > 0)
+            self._core.notes.set(TICKETS, self._stand_ins.bytes_of(ticket), True, flush=False)
 
     def _turn_to(self, number: int) -> None:
         self._now = self._feeder.now = number

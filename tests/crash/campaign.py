@@ -138,7 +138,8 @@ class Cycles:
         """Have the clients work until the daemon has died and serves again; return the deaths."""
         life = self._lives() - 1
         pidfd = os.pidfd_open(self._pid)
-        (self._told / plans.ARMED).open("r+b").write(life.to_bytes(plans.NUMBER, "little"))
+        with (self._told / plans.ARMED).open("r+b") as armed:
+            armed.write(life.to_bytes(plans.NUMBER, "little"))
         self._crowd.work()
         killed_at = self._end(pidfd, life)
         self._pid = self._probe.host.get().daemon_pid

@@ -340,7 +340,7 @@ def test_the_service_manager_keeps_it(manager: ServiceManager, tmp_path: Path) -
         manager.start(command, os.environ, **how)
         manager.hear_until("READY")
         assert manager.process is not None
-        with Client(tmp_path / "socket") as client:
+        with ThreadPoolExecutor() as pool, Client(tmp_path / "socket") as client:
             host = client.host.get()
             assert (host.kept_by, host.daemon_pid) == ("service manager", manager.process.pid)
             _, file = guest_of(client)
@@ -353,11 +353,12 @@ def test_the_service_manager_keeps_it(manager: ServiceManager, tmp_path: Path) -
                 assert client.files.read_shared(file, 0, 21) == b"what was acknowledged"
                 assert client.host.get().life == host.life
             # a planned restart ends with the status by which the unit has it started again
-            threading.Thread(target=lambda: client.host.upgrade(), daemon=True).start()
+            upgraded = pool.submit(client.host.upgrade)
             assert manager.process.wait(PATIENCE_SECONDS) == 133
             manager.hear_all()
             manager.start(command, os.environ, **how)
             manager.hear_until("READY")
+            assert upgraded.result(PATIENCE_SECONDS).after.daemon_pid == manager.process.pid
             assert client.files.read_shared(file, 0, 21) == b"what was acknowledged"
         manager.process.terminate()
         manager.hear_until("STOPPING")

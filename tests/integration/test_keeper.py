@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from daemons import eventually
 from toy_daemon import PATIENCE_SECONDS, Toy
 
 from rmemd.daemon.kept import MANAGER, NOBODY, OWN, wanted
@@ -167,6 +168,7 @@ def test_a_keeper_that_pauses_before_a_restart_can_be_ended(toys: MakeToy) -> No
         life.do("die", signal.SIGKILL)
         life = toy.life()
     life.do("die", signal.SIGKILL)
+    assert eventually(lambda: [x["event"] for x in toy.events()].count("daemon_died") == 4)
     toy.process.send_signal(signal.SIGTERM)
     assert toy.process.wait(PATIENCE_SECONDS) == 0
 

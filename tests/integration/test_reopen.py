@@ -367,6 +367,25 @@ def _twin(guest: Guest, engine: Engine) -> Guest:
     return twin
 
 
+def test_a_file_whose_close_was_cut_off_at_any_frame_is_closed_once(
+    engine: Engine, kept: Kept
+) -> None:
+    """Its shared memory goes after the frame that tells what came of it, and not before."""
+    guest = Guest(engine, "sw-protected", NPAGES)
+    guest.convert(0, NPAGES, private=False)
+    engine.write_shared(guest.file, 0, b"x" * 3 * PAGE_SIZE)
+    moments: list[Engine] = []
+    _after_each_frame(engine, lambda: moments.append(reopened(kept)))
+    with engine.core.calls.of("id"):
+        freed = engine.close_file(guest.file)
+    assert moments
+    for after in moments:
+        with after.core.calls.of("id"):
+            assert after.close_file(guest.file) == freed
+        assert not after.core.files.exists(guest.file)
+        after.close()
+
+
 def test_another_call_is_made(engine: Engine, kept: Kept) -> None:
     with engine.core.calls.of(("uid:1", 0, "id")):
         first = engine.create_vm("null").info.vm

@@ -26,7 +26,7 @@ from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import PARTS
 from rmemd.errors import PluginFault, RmemError
-from rmemd.hooks.tables import Write
+from rmemd.hooks.tables import Sparse, Write
 from rmemd.model.files import FLAG_MMAP
 from rmemd.model.vms import GUEST_MEMFD
 from rmemd.store.memfd import FALLOC_FL_PUNCH_HOLE
@@ -154,6 +154,7 @@ class Explorer:
         self.core.space.apply = applied  # type: ignore[method-assign]
         self._changes.clear()
         self.explored = Explored()
+        self.root = _Node(None, 0)
 
     def close(self) -> None:
         """Let the engine go."""
@@ -205,8 +206,7 @@ class Explorer:
         return lambda: self.engine.set_attributes(vm, [((GFN + page) * PAGE_SIZE, PAGE_SIZE, wanted)])
 
     def _migrate(self, vm: int, file: int, page: int) -> Callable[[], Any]:
-        found = self.core.files.get(file)
-        pfns = [half.at(page) - 1 for half in (found.frames, found.shared)]
+        pfns = [half.at(page) - 1 for half in self._halves(file)]
         there = np.array([pfn for pfn in pfns if pfn >= 0], dtype=np.int64)
         return lambda: self.engine.migrate(there)
 
@@ -228,7 +228,7 @@ class Explorer:
         Raises:
             StateError: an invariant is broken; or more than ``states_max`` states.
         """
-        root = here = _Node(None, 0)
+        root = here = self.root
         seen = {self._canonical()}
         self._check(root)
         left = deque([root])
@@ -296,20 +296,25 @@ class Explorer:
     def _canonical(self) -> Canonical:
         """Return the state without the names of frames, pages and VMs.
 
-        A frame is nobody's, or the one of a page, so a page's row can have its frames in it.
+        A page's row has its frames in it; those that no page has come after.
         """
-        owned = self.core.host.owner.view[: self.scope.frames]
-        nobodys = sorted(self._frame(int(pfn), 0) for pfn in np.flatnonzero(owned == 0))
-        return (*sorted(self._vm_form(vm, file) for vm, file in self.vms), *nobodys)
+        halves = [half for _, file in self.vms for half in self._halves(file)]
+        taken = {half.at(page) - 1 for half in halves for page in range(self.scope.npages)}
+        others = sorted(self._frame(pfn, 0) for pfn in set(range(self.scope.frames)) - taken)
+        return (*sorted(self._vm_form(vm, file) for vm, file in self.vms), *others)
+
+    def _halves(self, file: int) -> tuple[Sparse, Sparse]:
+        found = self.core.files.get(file)
+        return found.frames, found.shared
 
     def _vm_form(self, vm: int, file: int) -> Canonical:
         return tuple(sorted(self._row(vm, file, page) for page in range(self.scope.npages)))
 
     def _row(self, vm: int, file: int, page: int) -> Canonical:
-        found, entry = self.core.files.get(file), self.core.vms.get(vm).mirror.at(GFN + page)
-        halves = [half.at(page) - 1 for half in (found.frames, found.shared)]
+        entry = self.core.vms.get(vm).mirror.at(GFN + page)
+        halves = [half.at(page) - 1 for half in self._halves(file)]
         pfn, shared = (entry >> 1) - 1, entry & 1
-        mapped = -1 if not entry else halves.index(pfn) * 2 + shared
+        mapped = -1 if not entry else (halves.index(pfn) if pfn in halves else 2) * 2 + shared
         pinned = sum((pin.file, pin.pgoff) == (file, page) for pin in self.core.sessions.pins())
         frames = [() if one < 0 else self._frame(one, vm) for one in halves]
         vendor = self.core.space.tables.get(f"vm/{vm}/tdx/sept")
@@ -319,10 +324,12 @@ class Explorer:
     def _frame(self, pfn: int, vm: int) -> tuple[int, ...]:
         host, tables = self.core.host, self.core.space.tables
         columns = (host.use, host.stored, host.flags, host.refs, host.pins)
+        owned = host.owner.at(pfn) != 0
         key: Any = host.keys.get(host.key.at(pfn))
         of_key = 0 if key is None else 1 + (key.owner == f"vm/{vm}")
         kind = tables["platform/tdx/pamt_type"].at(pfn)  # type: ignore[union-attr]
-        return (*(column.at(pfn) for column in columns), of_key, kind, self._flushed(pfn, kind))
+        known = (column.at(pfn) for column in columns)
+        return (*known, owned, of_key, kind, self._flushed(pfn, kind))
 
     def _flushed(self, pfn: int, kind: int) -> int:
         """Return whether a TDX page's epoch is past: all that counts of it."""

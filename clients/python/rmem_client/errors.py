@@ -335,9 +335,13 @@ def is_lost(error: grpc.RpcError) -> bool:
     """Say whether nobody is there: gRPC itself says so, or a daemon that makes way for another."""
     if error.code() is not grpc.StatusCode.UNAVAILABLE:
         return False
-    status = _status(error)
-    info = _detail(status, error_details_pb2.ErrorInfo())
-    return status is None or (info is not None and info.reason == MAKES_WAY)
+    return _status(error) is None or makes_way(error)
+
+
+def makes_way(error: grpc.RpcError) -> bool:
+    """Say whether a daemon was there, and says that it makes way for another."""
+    info = _detail(_status(error), error_details_pb2.ErrorInfo())
+    return info is not None and info.reason == MAKES_WAY
 
 
 def sent_again(error: RmemError) -> RmemError:

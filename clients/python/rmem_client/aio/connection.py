@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from ..address import Address, Token
 from ..calls import CLOSED, DEFAULT_DEADLINE_S, Metadata, daemon_of, identity, metadata_of
-from ..errors import DaemonUnreachable, RmemError, decode, is_lost, sent_again
+from ..errors import DaemonUnreachable, RmemError, decode, is_lost, makes_way, sent_again
 from ..pauses import DEFAULT_RECONNECT_S, pauses, remaining
 
 Request = TypeVar("Request", bound=Message)
@@ -97,6 +97,7 @@ class Connection:
         """Say whether ``error`` is a lost connection that is worth waiting for."""
         if not is_lost(error) or self.closed.is_set() or self.reconnect_s <= 0:
             return False
+        self.met = self.met or makes_way(error)
         # what is lost leaves the channel idle
         return self.met or self.channel.get_state() is not _FAILED
 

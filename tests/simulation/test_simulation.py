@@ -1,0 +1,62 @@
+"""Simulated runs, as many as the suite has time for; ``make sim`` makes a million steps.
+
+RMEMD_SIM_SEEDS says how many.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import pytest
+from simulation.actions import make_run, shape
+from simulation.runs import explain, play, shrink, total
+
+SEEDS = int(os.environ.get("RMEMD_SIM_SEEDS", "12"))
+LENGTH = 800
+
+
+@pytest.mark.timeout(max(300, SEEDS * 20))
+def test_whatever_goes_wrong_when_all_that_must_be_true_is(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = []
+    for seed in range(SEEDS):
+        played = play(seed, make_run(seed, LENGTH))
+        if played.failure:
+            pytest.fail(explain(seed, LENGTH) or played.failure)
+        figures.append(played.figures)
+    steps, faults = total(figures)
+    with capsys.disabled():
+        print(f"\nsimulation: {steps} steps, {faults.total()} faults, {SEEDS} seeds: 0 violations")
+    assert steps > SEEDS * 100
+    ended: Counter[tuple[str, str]] = sum((one.ended for one in figures), Counter())
+    assert {name for name, how in ended if how == "ok"} > {
+        "create_vm", "convert", "punch", "pre_fault", "guest_write", "guest_check", "host_write",
+        "migrate", "pin", "unpin", "swap", "close_session",
+    }  # fmt: skip
+    assert {"system", "consumer", "poison", "rule", "die", "cancel", "crash"} <= +faults.keys()
+
+
+def test_a_run_is_made_of_its_seed_alone() -> None:
+    crashing = next(seed for seed in range(99) if shape(seed).crashes and shape(seed).watched)
+    one, other = (play(crashing, make_run(crashing, 400)).figures for _ in range(2))
+    assert (one.trace, one.steps, one.faults) == (other.trace, other.steps, other.faults)
+    assert play(crashing + 1, make_run(crashing + 1, 400)).figures.trace != one.trace
+
+
+def test_a_mistake_is_seen_and_told_with_few_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that is freed is given back with what it held."""
+
+    def not_at_all(self: object, pfns: object) -> None:
+        pass
+
+    monkeypatch.setattr("rmemd.store.controller.MemoryController.punch", not_at_all)
+    monkeypatch.setattr("rmemd.engine.frames.wipe", lambda core, tx, pfns: None)
+    for seed in range(20):
+        actions = make_run(seed, LENGTH)
+        found = play(seed, actions)
+        if found.failure:
+            short = shrink(seed, actions, found.kind, tries_max=60)
+            assert len(short) < len(actions) / 4
+            assert play(seed, short).kind == found.kind
+            return
+    pytest.fail("nobody saw it")
