@@ -158,8 +158,9 @@ def charge_found(core: Core, tx: Tx, file: RestrictedFile, start: int, npages: i
     matters. When the host has no frame left, or the tenant may have none, they stay uncharged.
     """
     found = uncharged(core, file, start, npages)
-    # in place, a private page has its frame: what a client put beside it is discarded
-    found = found[file.half(private=False).get(found) == 0]
+    if file.info.in_place:
+        # what a client put beside a private page is no page of the file: it is discarded
+        found = found[(file.attributes.get(found) == 0) & (file.frames.get(found) == 0)]
     free = sum(buddy.free_pages(core.host, node) for node in core.host.nodes)
     found = found[: min(free, core.quotas.room(core, file.info.owner.tenant))]
     if found.size:

@@ -13,7 +13,7 @@ from typing import Any
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.migrate import Report
-from rmemd.trace.values import Digests, StandIns, argument, asked, is_payload
+from rmemd.trace.values import Digests, argument, asked, is_payload
 
 OPERATIONS = (
     "create_vm", "destroy_vm", "set_memory_region", "set_attributes", "populate", "finalize",
@@ -50,12 +50,11 @@ def plain_arguments(given: Mapping[str, Any], digests: Digests) -> dict[str, Any
 def call_of(
     method: str,
     args: Mapping[str, Any],
-    stand_ins: StandIns,
     cancelled: Callable[[], bool],
     check: Callable[[Core], None],
 ) -> Callable[[Engine], Any]:
     """Return the call that a line describes."""
-    given = {name: asked(name, value, stand_ins) for name, value in args.items()}
+    given = {name: asked(name, value) for name, value in args.items()}
     own = {"cancelled": cancelled, "check": check, "report": Report(cancelled=cancelled)}
     given |= {name: own[name] for name in own if name in signature(method).parameters}
     return lambda engine: getattr(engine, method)(**given)

@@ -29,7 +29,7 @@ from rmemd.trace.format import STATE, Asked, Line, Outcome, Trace, TraceError
 from rmemd.trace.operations import call_of
 from rmemd.trace.shared import FedMemfd
 from rmemd.trace.standins import StandInController
-from rmemd.trace.values import Digests, StandIns, numbers_of, outcome, runs_of
+from rmemd.trace.values import Digests, bytes_of, numbers_of, outcome, runs_of
 from rmemd.units import I64, Bools
 
 # operations whose bytes are their caller's
@@ -112,7 +112,6 @@ class Player:
         if trace.header.get("every_step"):
             self._core.hold = lambda name: None
         self._steps = Stepwise(self.engine)
-        self._stand_ins = StandIns()
         self._feeder = _Feeder(self._core_find, self._controller)
         self._core.tracer = self._feeder
         self.tasks: dict[int, Task] = {}
@@ -158,7 +157,7 @@ class Player:
         gone_at = self._trace.ends.get(number, {}).get("gone_at", 0)
         count = iter(range(1, 1 << 62))
         call = call_of(
-            wanted.method, wanted.args, self._stand_ins,
+            wanted.method, wanted.args,
             lambda: next(count) >= gone_at > 0, partial(_check, self._trace.ends.get(number, {})),
         )  # fmt: skip
         self._turn_to(number)
@@ -171,7 +170,7 @@ class Player:
         ticket = wanted.args.get("ticket")
         refused = self._trace.ends.get(wanted.number, {}).get("refused", {})
         if ticket and refused.get("reason") != TOKEN_UNKNOWN.name:
-            self._core.notes.set(TICKETS, self._stand_ins.bytes_of(ticket), True, flush=False)
+            self._core.notes.set(TICKETS, bytes_of(ticket), True, flush=False)
 
     def _turn_to(self, number: int) -> None:
         self._now = self._feeder.now = number
@@ -192,8 +191,6 @@ class Player:
     def _played(self, number: int, task: Task, surplus: int) -> Played:
         end = self._trace.ends.get(number)
         result = task.result
-        if end is not None and isinstance(result, bytes) and "ok" in end:
-            self._stand_ins.learn(end["ok"], result)
         if self._trace.asked[number].method == "shared_descriptor" and task.error is None:
             result = _closed(result)
         came_to = outcome(result, task.error, _NO_KEY) if task.over else {"waits": _where(task)}

@@ -49,34 +49,15 @@ class Digests:
         return hashlib.blake2b(page, key=self._key, digest_size=DIGEST_BYTES).hexdigest()
 
 
-class StandIns:
-    """Bytes in place of those that a trace has digests of."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, int], bytes] = {}
-
-    def bytes_of(self, payload: Mapping[str, Any]) -> bytes:
-        """Return as many bytes as the payload had; equal pages are equal."""
-        left, found = payload["length"], []
-        for digest in payload["pages"]:
-            size = min(left, PAGE_SIZE)
-            found.append(self._page(digest, size))
-            left -= size
-        return b"".join(found)
-
-    def learn(self, payload: Mapping[str, Any], data: bytes) -> None:
-        """Take bytes for those of a payload, as when ciphertext is read, and written back later."""
-        if payload["length"] != len(data):
-            return
-        for index, digest in enumerate(payload["pages"]):
-            page = data[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
-            self._known.setdefault((digest, len(page)), page)
-
-    def _page(self, digest: str, size: int) -> bytes:
-        if digest == ZERO:
-            return bytes(size)
-        known = self._known.get((digest, size))
-        return hashlib.shake_128(digest.encode()).digest(size) if known is None else known
+def bytes_of(payload: Mapping[str, Any]) -> bytes:
+    """Return bytes in place of a payload's: as many as it had, equal where they were equal."""
+    left, found = payload["length"], []
+    for digest in payload["pages"]:
+        size = min(left, PAGE_SIZE)
+        made = hashlib.shake_128(digest.encode()).digest(size)
+        found.append(bytes(size) if digest == ZERO else made)
+        left -= size
+    return b"".join(found)
 
 
 def stand_in_rows(pfns: I64) -> np.ndarray:
@@ -112,12 +93,12 @@ def argument(name: str, value: Any, digests: Digests) -> Any:
     return plain(value, digests)
 
 
-def asked(name: str, value: Any, stand_ins: StandIns) -> Any:
+def asked(name: str, value: Any) -> Any:
     """Return an argument again, from a plain value."""
     read = _ARGUMENTS.get(name)
     if read is not None:
         return read(value)
-    return stand_ins.bytes_of(value) if is_payload(value) else value
+    return bytes_of(value) if is_payload(value) else value
 
 
 def is_payload(value: Any) -> bool:

@@ -70,7 +70,7 @@ def test_consumers_list_says_what_the_code_declares(ctl: Ctl) -> None:
         offers = engine.core.registry.offers
         assert said == {name: offer.ops.implemented() for name, offer in offers.items()}
         for name, table in said.items():
-            assert len(table) == 18, name
+            assert len(table) == 19, name
             vm = engine.create_vm(name).info.vm
             assert engine.core.consumers[vm].ops.implemented() == table
     finally:

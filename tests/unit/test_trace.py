@@ -193,7 +193,7 @@ def test_rules_and_quotas_are_in_force_again(host: Engine) -> None:
     assert_same(found, host)
 
 
-def test_ciphertext_that_the_host_puts_back_is_what_it_read(host: Engine) -> None:
+def test_a_guest_finds_what_it_found_of_bytes_that_the_host_put_back(host: Engine) -> None:
     guest = launch(host, "snp-move")
     pfn = int(guest.frames(8)[0])
     with recording(host) as found:
@@ -387,6 +387,9 @@ def test_a_refusal_is_shrunk_to_what_it_needs(host: Engine) -> None:
         host.migrate(np.array([file_of(host, guest.file).shared.at(8) - 1]))
     done = shrinker.shrink(found.trace, shrinker.refusal(FOLIO_BUSY.name, Changes()))
     methods = [one.method for one in done.trace.asked.values()]
+    made = [one for one in done.trace.asked.values() if one.method == "create_vm"]
+    assert [one.args["consumer"] for one in made] == ["tdx-relocate"]
+    assert made[0].number != 1
     assert methods[-2:] == ["pin", "migrate"]
     assert len(methods) <= 6
     assert shrinker.refusal(FOLIO_BUSY.name, Changes())(done.trace)
