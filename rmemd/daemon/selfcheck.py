@@ -9,11 +9,14 @@ the daemon goes on, since nobody knows which of its guests are concerned.
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import structlog
 
 from rmemd.engine.engine import Engine
-from rmemd.engine.invariants import Checked
+
+if TYPE_CHECKING:
+    from rmemd.engine.invariants import Checked
 
 # a state that is broken is broken everywhere: the first lines say it
 LOGGED_MAX = 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from rmemd.engine import (
     faultpoints,
     guestio,
     hostmap,
-    invariants,
     lifecycle,
     memory,
     physical,
@@ -40,9 +39,7 @@ from rmemd.engine.convert import Converted
 from rmemd.engine.core import Core, Options
 from rmemd.engine.driver import Steps
 from rmemd.engine.faultrules import Rule
-from rmemd.engine.invariants import Checked, Invariant
 from rmemd.engine.migrate import Report, migrate
-from rmemd.engine.monitors import Monitors
 from rmemd.engine.pendingfaults import Message
 from rmemd.engine.physical import Poisoned
 from rmemd.engine.plugins import Reloaded
@@ -60,6 +57,9 @@ from rmemd.model.sessions import NOBODY, GrantRange, Owner, SessionInfo
 from rmemd.model.vms import Vm
 from rmemd.store.keeping import Keeping
 from rmemd.units import I64
+
+if TYPE_CHECKING:
+    from rmemd.engine.invariants import Checked, Invariant
 
 T = TypeVar("T")
 
@@ -492,6 +492,8 @@ class Engine:
 
     def check(self) -> Checked:
         """Check every invariant over the state as it is now; remembered as ``last_check``."""
+        # these modules, of which most daemons make no use, are not read before they serve
+        from rmemd.engine import invariants
 
         def look(core: Core) -> Checked:
             self.last_check = invariants.timed(core)
@@ -502,6 +504,7 @@ class Engine:
 
     def watch(self, transactions: int | None = None) -> None:
         """Have the next transactions (None: all) watched for what no state shows."""
+        from rmemd.engine.monitors import Monitors
 
         def begin(core: Core) -> None:
             (core.watched or Monitors(core)).begin(transactions)
@@ -510,6 +513,8 @@ class Engine:
 
     def listed(self, done: Checked) -> list[Invariant]:
         """Return every invariant there is, and how it stood at a check."""
+        from rmemd.engine import invariants
+
         return invariants.listed(self.core, done)
 
     def add_fault_rule(

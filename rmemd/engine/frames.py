@@ -60,6 +60,7 @@ def allocate(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: boo
     pfns = np.empty(pgoffs.size, dtype=np.int64)
     for mask, nodes in _by_policy(core, file, pgoffs):
         pfns[mask] = buddy.take(host, tx, int(mask.sum()), use, nodes)
+    _tell_fallback(core, tx, file, pgoffs, pfns)
     wipe(core, tx, pfns)
     tx.put(host.owner, pfns, file.info.file)
     tx.put(host.pgoff, pfns, pgoffs)
@@ -184,6 +185,17 @@ def uncharged(core: Core, file: RestrictedFile, start: int, npages: int) -> I64:
     else:
         found = there[file.shared.get(there) == 0]
     return found
+
+
+def _tell_fallback(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
+    """Tell of interleaved pages that got a node which their policy has not."""
+    numbers, policies = file.policy_at(pgoffs)
+    for number, policy in policies.items():
+        if policy.policy == MPOL_INTERLEAVE:
+            on = core.host.nodes_of(pfns[numbers == number])
+            elsewhere = int((~np.isin(on, policy.nodes)).sum())
+            if elsewhere:
+                tx.emit("numa_fallback", file=file.info.file, npages=elsewhere)
 
 
 def _by_policy(

@@ -7,11 +7,12 @@ what happens to mappings, bindings and vendor resources when a VM goes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from rmemd.engine import frames, memory
 from rmemd.engine.bracket import View, invalidating
 from rmemd.engine.core import Core
-from rmemd.engine.driver import Step, Steps
+from rmemd.engine.driver import Step, Steps, decided
 from rmemd.errors import (
     BAD_REQUEST,
     BINDING_FOREIGN,
@@ -89,6 +90,17 @@ def create_vm(
 
 def destroy_vm(core: Core, number: int) -> Steps[None]:
     """Unmap everything, cut bindings, give the vendor's resources back. Files live on."""
+    anonymous = yield from _destroy(core, number)
+    return decided(None, partial(memory.forget, core, anonymous))
+
+
+def end_vm(core: Core, number: int) -> Steps[None]:
+    """Destroy a VM, as a part of another operation."""
+    yield from memory.forget(core, (yield from _destroy(core, number)))
+
+
+def _destroy(core: Core, number: int) -> Steps[list[int]]:
+    """Destroy a VM and the memory behind its slots; return the files that this was."""
 
     def one() -> Steps[list[int]]:
         yield from ()
@@ -103,6 +115,8 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
             anonymous = [slot.file for slot in slots if not slot.restricted]
             for slot in slots:
                 _unbind(core, tx, vm, slot)
+            for file in anonymous:
+                memory.drop(core, tx, file)
             consumer = core.consumer(vm)
             consumer.platform.call(tx, number, "destroy_consumer", ..., consumer.made)
             frames.free_orphans(core, tx, core.ledger.forget(tx, vm.info.label))
@@ -113,8 +127,7 @@ def destroy_vm(core: Core, number: int) -> Steps[None]:
         del core.consumers[number]
         return anonymous
 
-    for file in (yield from core.unit(one)):
-        yield from memory.close(core, file)
+    return (yield from core.unit(one))
 
 
 def create_vcpu(core: Core, number: int, index: int) -> Steps[None]:
@@ -145,8 +158,7 @@ def set_memory_region(
     _check_shape(vm, index, flags, gpa, size, userspace_addr, offset)
     old: Slot | None = vm.slots.get(index)
     if size == 0:
-        yield from _delete(core, number, index)
-        return
+        return (yield from _delete(core, number, index))
     slot = Slot(index, flags, gpa // PAGE_SIZE, bytes_to_pages(size), file, offset // PAGE_SIZE)
     if old is not None:
         _check_change(vm, old, slot)
@@ -271,12 +283,14 @@ def _delete(core: Core, number: int, index: int) -> Steps[None]:
             with invalidating(core, tx, [View(vm, slot.gfn, slot.npages)], Why.SLOT):
                 pass
             _unbind(core, tx, vm, slot)
+            if not slot.restricted:
+                memory.drop(core, tx, slot.file)
             tx.emit("slot_deleted", vm=number, slot=index)
         return slot
 
     slot = yield from core.unit(one)
     if not slot.restricted:
-        yield from memory.close(core, slot.file)
+        return decided(None, partial(memory.forget, core, [slot.file]))
 
 
 def _unbind(core: Core, tx: Tx, vm: Vm, slot: Slot) -> None:

@@ -204,7 +204,7 @@ def close_file(core: Core, number: int) -> Steps[int]:
     """
     restricted(core, number)
     freed = yield from _close(core, number)
-    return decided(freed, partial(_forget, core, number))
+    return decided(freed, partial(forget, core, [number]))
 
 
 def restricted(core: Core, number: int) -> RestrictedFile:
@@ -224,39 +224,45 @@ def restricted(core: Core, number: int) -> RestrictedFile:
 
 
 def close(core: Core, number: int) -> Steps[None]:
-    """Drop the last reference of a file, and let its shared memory go."""
+    """Drop the last reference of a file, as a part of another operation."""
     yield from _close(core, number)
-    yield from _forget(core, number)
+    yield from forget(core, [number])
 
 
-def _forget(core: Core, number: int) -> Steps[None]:
+def forget(core: Core, numbers: list[int]) -> Steps[None]:
+    """Let the shared memory of files go that a record says are gone."""
     yield from ()
-    core.forget_shared_memory(number)
+    for number in numbers:
+        core.forget_shared_memory(number)
 
 
 def _close(core: Core, number: int) -> Steps[int]:
-    """Drop the last reference: whole-file invalidation, slots lose the file, pages are freed."""
-
     def one() -> Steps[int]:
         yield from ()
-        file = core.files.get(number)
-        size = file.info.size_pages
-        core.ranges.require_idle("file", number, 0, size)
         with core.tx("close file") as tx:
-            private, shared = file.frames.touched(0, size), file.shared.touched(0, size)
-            with invalidating(core, tx, views_of(core, file, 0, size), Why.CLOSE):
-                pass
-            frames.remove(core, tx, file, private, private=True)
-            frames.remove(core, tx, file, shared, private=False)
-            core.userfaults.drop(tx, core.userfaults.of_file(number))
-            core.files.destroy(tx, number)
-            tx.emit(
-                "file_closed", file=number, npages=private.size + shared.size,
-                tenant=file.info.owner.tenant,
-            )  # fmt: skip
-        return int(private.size + shared.size)
+            return drop(core, tx, number)
 
     return (yield from core.unit(one))
+
+
+def drop(core: Core, tx: Tx, number: int) -> int:
+    """Drop the last reference: whole-file invalidation, slots lose the file, pages are freed.
+
+    ``forget`` comes after the record.
+    """
+    file = core.files.get(number)
+    size = file.info.size_pages
+    core.ranges.require_idle("file", number, 0, size)
+    private, shared = file.frames.touched(0, size), file.shared.touched(0, size)
+    with invalidating(core, tx, views_of(core, file, 0, size), Why.CLOSE):
+        pass
+    frames.remove(core, tx, file, private, private=True)
+    frames.remove(core, tx, file, shared, private=False)
+    core.userfaults.drop(tx, core.userfaults.of_file(number))
+    core.files.destroy(tx, number)
+    freed = int(private.size + shared.size)
+    tx.emit("file_closed", file=number, npages=freed, tenant=file.info.owner.tenant)
+    return freed
 
 
 # --- policy -------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import ARENA, Stored, Use
 from rmemd.model.vms import Vm, unpack
 from rmemd.store.codec import NoteEntry, Record, decode, encode_note, encode_record
+from rmemd.store.keeping import ARENA as ARENA_NAME
 from rmemd.store.keeping import FILE_PREFIX, JOURNALS, Keeping, file_name
 from rmemd.store.log import Log
 from rmemd.units import I64, PAGE_SIZE, U8, U64, pages
@@ -106,7 +107,9 @@ def open_log(life: str, facts: dict[str, Any], keeping: Keeping, journalled: boo
     kept = [fd for name in JOURNALS if (fd := keeping.take(name)) is not None]
     if len(kept) != len(JOURNALS) and not journalled:
         return Opened(None, life, facts)
-    log = Log((kept[0], kept[1]) if len(kept) == len(JOURNALS) else None)
+    # the arena is kept when the log has begun already: a log that seems never to have is damaged
+    had_log = ARENA_NAME in keeping.found
+    log = Log((kept[0], kept[1]) if len(kept) == len(JOURNALS) else None, expected=had_log)
     for name, fd in zip(JOURNALS, log.fds, strict=True):
         keeping.keep(name, fd)
     found = log.found

@@ -214,7 +214,7 @@ def _release(core: Core, doomed: list[SessionInfo]) -> Steps[Closed]:
             while any(running == vm for running, _ in core.running):
                 yield Step("vCPUs leave", wait=True)
             if core.vms.exists(vm):
-                yield from lifecycle.destroy_vm(core, vm)
+                yield from lifecycle.end_vm(core, vm)
     finally:
         core.leaving.difference_update(vms)
     for file in [file.info for file in core.files.all() if file.info.owner.session in numbers]:

@@ -110,10 +110,20 @@ def compile_platform(platform: object, name: str) -> PlatformOps:
     return PlatformOps(**_compile(platform, PlatformSpec, name, PLATFORM_MANDATORY))
 
 
+class _Manager(pluggy.PluginManager):
+    """Looks for hooks among named attributes only: half of what an object has is Python's own."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+    def parse_hookspec_opts(self, module_or_class: object, name: str) -> pluggy.HookspecOpts | None:
+        return None if name.startswith("__") else super().parse_hookspec_opts(module_or_class, name)
+
+
 def _compile(
     plugin: object, spec: type, name: str, mandatory: tuple[str, ...]
 ) -> dict[str, Callable[..., Any]]:
-    manager = pluggy.PluginManager(PROJECT)
+    manager = _Manager(PROJECT)
     manager.add_hookspecs(spec)
     try:
         manager.register(plugin, name)

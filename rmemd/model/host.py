@@ -105,6 +105,11 @@ class Host:
         """Return the node of a frame."""
         return min(pfn // self.nodes[0].npages, len(self.nodes) - 1)
 
+    def nodes_of(self, pfns: I64) -> I64:
+        """Return the node of each frame."""
+        nodes: I64 = np.minimum(pfns // self.nodes[0].npages, len(self.nodes) - 1)
+        return nodes
+
     def poisoned(self, pfns: I64) -> Bools:
         """Return which of the frames are poisoned."""
         poisoned: Bools = (self.flags.get(pfns) & POISON) != 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rmem.v1 import trace_pb2 as pb
 from rmemd.engine.engine import Engine
 from rmemd.errors import BAD_REQUEST, NO_TRACE, TRACE_RUNNING
 from rmemd.rpc.dispatch import Call
-from rmemd.trace.recorder import LIMIT_BYTES, Recorder
+
+if TYPE_CHECKING:
+    from rmemd.trace.recorder import Recorder
 
 LIMIT_BYTES_MAX = 1 << 30
 # below what a client receives by default, with room for the message around it
@@ -25,6 +28,9 @@ class TraceService:
         self._recorder: Recorder | None = None
 
     def StartTrace(self, request: pb.StartTraceRequest, call: Call) -> pb.StartTraceResponse:
+        # most daemons record nothing
+        from rmemd.trace.recorder import LIMIT_BYTES, Recorder
+
         for field, value, most in (
             ("limit_bytes", request.limit_bytes, LIMIT_BYTES_MAX),
             ("state_every", request.state_every, LIMIT_BYTES_MAX),

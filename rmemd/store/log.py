@@ -107,6 +107,7 @@ class Log:
 
     Args:
         fds: the memfds of an earlier process; None makes new ones, mode 0600.
+        expected: whether a log was in them for sure: then none is damage, and no beginning.
 
     Attributes:
         fds: the memfds, for whoever keeps them.
@@ -118,8 +119,10 @@ class Log:
         OSError: the system refused.
     """
 
-    def __init__(self, fds: tuple[int, int] | None = None) -> None:
+    def __init__(self, fds: tuple[int, int] | None = None, expected: bool = False) -> None:
         self.found = None if fds is None else Log.read(fds)
+        if self.found is None and expected:
+            raise JournalUnreadable("the log is damaged: there was one, and nothing of it is left")
         self.fds = _make() if fds is None else fds
         self.generation = 0
         self._pen = _Pen(self.fds[0])

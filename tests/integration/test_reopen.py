@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from rmemd.hooks.types import Agent
 from rmemd.model.host import Stored, Use
 from rmemd.model.sessions import Owner
 from rmemd.model.vms import GUEST_MEMFD
+from rmemd.store.codec import JournalUnreadable
 from rmemd.store.keeping import JOURNALS, Keeping
 from rmemd.store.system import System
 from rmemd.units import PAGE_SIZE, pages
@@ -446,6 +448,48 @@ def test_a_log_that_is_begun_anew_again_and_again_has_the_state(
     assert turns > 5
 
 
+def test_notes_and_results_outlive_a_log_that_is_begun_anew(engine: Engine, kept: Kept) -> None:
+    for key in (1, 2):
+        engine.core.notes.set("kind", key, f"value {key}")
+    engine.core.notes.drop("kind", 1)
+    with engine.core.calls.of("id"):
+        made = engine.create_vm("null").info.vm
+    with engine.core.locked():
+        engine.core.journal.begin_generation()
+    after = reopened(kept)
+    assert after.core.notes.items("kind") == [(2, "value 2")]
+    with after.core.calls.of("id"):
+        assert after.create_vm("null").info.vm == made
+    assert len(after.core.vms.all()) == 1
+    after.close()
+
+
+def test_without_room_in_the_log_nothing_is_done(
+    engine: Engine, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room is had before the commit: nothing is in memory that no frame could hold."""
+
+    class Full(System):
+        def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    guest = Guest(engine, "null", NPAGES)
+    before, revision = engine.core.space.snapshot(), engine.revision
+    with monkeypatch.context() as patched:
+        patched.setattr("rmemd.store.log.RESERVE_BYTES", 0)
+        # past what was had before
+        patched.setattr(engine.core.journal._log._pen, "_reserved", 0)  # type: ignore[union-attr]
+        patched.setattr("rmemd.store.log.SYSTEM", Full())
+        with pytest.raises(OSError, match="No space left"):
+            guest.allocate(0, 4)
+    assert same_state(engine.core.space.snapshot(), before) == []
+    assert engine.revision == revision
+    assert guest.allocate(0, 4) == 4
+    after = reopened(kept)
+    assert same_state(after.core.space.snapshot(), engine.core.space.snapshot()) == []
+    after.close()
+
+
 def test_a_write_in_place_is_undone_though_its_record_makes_the_log_long(
     kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,4 +537,42 @@ def test_a_session_whose_end_was_cut_off_is_ended_and_its_end_is_answered(
         assert not after.core.vms.exists(vm)
         with after.core.calls.of("id"):
             assert after.close_session(session) == closed
+        after.close()
+
+
+def test_a_log_of_which_nothing_is_left_is_not_taken_for_a_new_one(
+    engine: Engine, kept: Kept
+) -> None:
+    """Guests' pages are in the arena: to begin anew beside them would be a guess."""
+    Guest(engine, "null", NPAGES).fault(0, 4)
+    fds = kept.copied()
+    generation = engine.core.journal._log.generation  # type: ignore[union-attr]
+    os.pwrite(fds[JOURNALS[generation % 2]], b"\xff\xff", 1)
+    with pytest.raises(JournalUnreadable, match="damaged"):
+        kept_engine(Kept(fds))
+    _close({name: fds[name] for name in JOURNALS})
+
+
+@pytest.mark.parametrize("how", ["destroy_vm", "delete_slot"])
+def test_memory_behind_a_slot_goes_with_it_however_it_is_cut_off(
+    engine: Engine, kept: Kept, how: str
+) -> None:
+    vm = engine.create_vm("gup").info.vm
+    engine.set_memory_region(vm, 0, 0, 0, 4 * PAGE_SIZE)
+    (file,) = engine.core.files.all()
+    engine.write_shared(file.info.file, 0, b"x" * PAGE_SIZE)
+    moments: list[Engine] = []
+    _after_each_frame(engine, lambda: moments.append(reopened(kept)))
+    end: Callable[[Engine], object] = (
+        (lambda e: e.destroy_vm(vm))
+        if how == "destroy_vm"
+        else (lambda e: e.set_memory_region(vm, 0, 0, 0, 0))
+    )
+    with engine.core.calls.of("id"):
+        end(engine)
+    assert moments
+    for after in moments:
+        assert after.core.files.all() == []
+        with after.core.calls.of("id"):
+            end(after)
         after.close()

@@ -49,8 +49,8 @@ class Connection:
         self.daemon = ""
         self.closed = asyncio.Event()
         self.channel = _open(address)
-        # whether anybody ever answered: if not, there is no connection to get back
-        self.met = False
+        # whether anybody ever answered, who gave the token: if not, there is nothing to get back
+        self.met = bool(token)
 
     async def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
