@@ -72,10 +72,10 @@ class Daemon:
     keeper, ``process`` is that, and ``pid`` the daemon itself; ``kill`` ends both.
 
     Attributes:
-        program: what ``rmemd`` is run by.
+        program: what ``rmemd`` is run by, if not by the script of this environment.
     """
 
-    program: tuple[str, ...] = (str(BIN / "rmemd"),)
+    program: tuple[str, ...] = ()
 
     def __init__(
         self, directory: Path, *options: str, env: Mapping[str, str] | None = None
@@ -97,7 +97,7 @@ class Daemon:
         self.directory.mkdir(parents=True, exist_ok=True)
         ready, ready_of_daemon = os.pipe()
         command = [
-            *self.program, "serve", "--config", os.devnull,
+            *(self.program or (str(BIN / "rmemd"),)), "serve", "--config", os.devnull,
             "--socket-dir", str(self.socket_dir),
             "--ready-fd", str(ready_of_daemon), *([] if self.is_kept else ["--no-keeper"]),
             *self.options,
