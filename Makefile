@@ -20,7 +20,7 @@ define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
 endef
 
-.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench mutants linearizability oracle client protos protos-baseline man lock clean
+.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench mutants linearizability oracle sim explore journal crash deaths client protos protos-baseline man lock clean
 
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
@@ -80,6 +80,26 @@ linearizability: $(READY)
 # the engine against the executable specification: make oracle STEPS=1000000
 oracle: $(READY)
 	@RMEMD_ORACLE_STEPS=$(or $(STEPS),200000) $(BIN)/python -m pytest -q tests/oracle $(ARGS)
+
+# the whole engine in one thread, with faults, by seeds: make sim SEED=17, make sim NIGHTLY=1
+sim: $(READY)
+	@cd tests && NIGHTLY=$(NIGHTLY) ../$(BIN)/python -m simulation $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# every state of a few pages, frames and VMs, to a fixpoint
+explore: $(READY)
+	@cd tests && ../$(BIN)/python -m simulation --explore only
+
+# the journal of 10,000 operations, cut at every byte and with 10,000 bits flipped: make journal NIGHTLY=1
+journal: $(READY)
+	@cd tests && NIGHTLY=$(NIGHTLY) ../$(BIN)/python -m cuts
+
+# 200 times kill -9 of the daemon, at any time and at every moment, under 8 clients: make crash NIGHTLY=1
+crash: $(READY)
+	@cd tests && NIGHTLY=$(NIGHTLY) ../$(BIN)/python -m crash
+
+# 100 VMM processes killed in random states, some around a restart of the daemon: make deaths NIGHTLY=1
+deaths: $(READY)
+	@cd tests && NIGHTLY=$(NIGHTLY) ../$(BIN)/python -m deaths
 
 # plant every bug of tests/planted/catalogue.py, each in a process of its own; its named check kills it
 mutants: $(READY)

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from rmemd.errors import PLUGIN_NONSENSE, PLUGIN_RAISED, REASONS, RmemError
+from rmemd.hooks.hooktx import HookServices, HookTx
 from rmemd.hooks.ops import NotifierOps, PlatformOps
 from rmemd.hooks.state import State, is_sound
-from rmemd.hooks.tx import Held, HookServices, HookTx, Tx
+from rmemd.hooks.tx import Held, Tx
 from rmemd.hooks.types import (
     HOST_VIEWS,
     AccessAnswer,

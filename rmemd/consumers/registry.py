@@ -15,10 +15,11 @@ from typing import Any
 from rmemd.consumers import discovery
 from rmemd.consumers.guard import Consumer, Guard, Platform
 from rmemd.errors import BAD_REQUEST, NO_SUCH_CONSUMER, NO_SUCH_PLUGIN, SWAP_SCHEMA, RmemError
+from rmemd.hooks.hooktx import HookServices, HostContext, VmContext
 from rmemd.hooks.ops import NotifierOps, compile_consumer, compile_platform
 from rmemd.hooks.state import is_plain
 from rmemd.hooks.tables import Records, Space
-from rmemd.hooks.tx import HookServices, HostContext, Tx, VmContext
+from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Variant
 
 ERROR_MAX = 500

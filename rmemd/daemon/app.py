@@ -105,7 +105,8 @@ class Daemon:
         self.engine.core.pause = partial(_pause, self._draining)
         self.self_check = SelfCheck(self.engine)
         self.access = Access(self.engine, clock=time.monotonic)
-        self.observers = Observers(config, self.engine, version("rmemd"))
+        release = version("rmemd")
+        self.observers = Observers(config, self.engine, release)
         self._put_in_force(config)
         self.lifecycle = Lifecycle(
             # neither of these holds the daemon, whose idle workers end when it is forgotten
@@ -118,7 +119,7 @@ class Daemon:
             self.engine, self.access, self.directory.session, observers=self.observers.all
         )
         self.services = make_services(
-            self.engine, self.access, version("rmemd"), self.sessions.fds_passed, self.jobs,
+            self.engine, self.access, release, self.sessions.fds_passed, self.jobs,
             self.lifecycle,
         )  # fmt: skip
         front = Front(

@@ -24,7 +24,7 @@ def harden(debuggable: bool) -> None:
     """Give up privileges and dumps; what fails is a warning. ``debuggable`` keeps the dumps.
 
     Not dumpable also means that /proc/PID/{fd,mem,maps} are root's: nobody of the same user can
-    attach a debugger, read our memory or reopen our memfds.
+    attach a debugger, read our memory or open our memfds anew.
     """
     done = {"no_new_privs": _try("no_new_privs", lambda: _prctl(PR_SET_NO_NEW_PRIVS, 1))}
     if not debuggable:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from rmemd.store.keeping import Keeping
+from rmemd.store.system import growing
 
 LIFE = "life"
 ROW_SECONDS = 10.0
@@ -35,7 +36,7 @@ class Starts:
 
     def __init__(self, keeping: Keeping, clock: Callable[[], int] = boot_clock) -> None:
         found = keeping.take(LIFE)
-        self._fd = os.memfd_create("rmemd-life", os.MFD_CLOEXEC) if found is None else found
+        self._fd = growing("rmemd-life") if found is None else found
         self.times = [*self._read(), clock()][-REMEMBERED:]
         self._write(self.times)
         keeping.keep(LIFE, self._fd)

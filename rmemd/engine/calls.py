@@ -63,15 +63,19 @@ class Calls:
     def is_repeat(self) -> bool:
         """Return whether the run that this thread makes next was made before the daemon died."""
         key = self._current.key
-        return key is not None and self.known((key, self._current.runs + 1)) is not None
+        return key is not None and self.is_known((key, self._current.runs + 1))
 
     def unanswered(self) -> list[Hashable]:
         """Return the calls that have results, oldest first."""
         return list(self._by_call)
 
-    def known(self, run: Run) -> tuple[Any, int] | None:
-        """Return what a run came to the first time, and its revision; None if it was not run."""
-        return cast("tuple[Any, int] | None", self._notes.get(RESULTS, run))
+    def is_known(self, run: Run) -> bool:
+        """Return whether a run was made before the daemon died, and came to something."""
+        return self._notes.get(RESULTS, run) is not None
+
+    def known(self, run: Run) -> tuple[Any, int]:
+        """Return what a run that is known came to the first time, and at which revision."""
+        return cast("tuple[Any, int]", self._notes.get(RESULTS, run))
 
     def came_to(self, run: Run, result: Any, revision: int) -> None:
         """Note what a run came to, at which revision, in the frame of its last record."""

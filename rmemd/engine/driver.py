@@ -70,8 +70,8 @@ def decided(result: T, then: Callable[[], Steps[None]]) -> T:
     """Return what an operation came to, with what is still to be destroyed on account of it.
 
     Only an operation's own return can be this. The result is noted with the record that decides
-    it, before the destruction, which lets the lock go. A restart finds in the state what was not
-    destroyed (``reopen.settle``).
+    it, before the destruction, which lets the lock go. Reopening finds in the state what was
+    not destroyed (``reopen.settle``).
     """
     return cast("T", _Decided(result, then))
 
@@ -145,11 +145,22 @@ class Driver:
                 of being told what it came to (``calls``).
         """
         run = None if repeatable else self.calls.next_run()
-        known = None if run is None else self.calls.known(run)
-        if known is not None:
-            result, self.answered.revision = known
-            return cast("T", looked_up(cast("Core", self), result))
+        if run is not None and self.calls.is_known(run):
+            return cast("T", self._as_before(run))
         return cast("T", self.drive(Call(operation, who, named_by or operation, cancelled, run)))
+
+    def settle(self, act: Callable[[], T]) -> T:
+        """Do something short under the lock, and no steps, once for a call that is repeated."""
+        with self._changed:
+            run = self.calls.next_run()
+            if run is not None and self.calls.is_known(run):
+                return cast("T", self._as_before(run))
+            result = act()
+            self.answered.revision = self.journal.revision
+            if run is not None:
+                self.calls.came_to(run, named(result), self.answered.revision)
+            self.journal.flush()
+            return result
 
     def drain(self, call: Call[T]) -> T:
         """Run an operation to its end in the calling thread: what ``drive`` is by default."""
@@ -212,7 +223,7 @@ class Driver:
             self.calls.got_to(run, done)
 
     def will_come_to(self, result: object) -> None:
-        """Note what the present run will come to, as a restart finishes it if need be."""
+        """Note what the present run will come to, as reopening finishes it if need be."""
         run = self.waits.current.run
         if run is not None:
             self.calls.came_to(run, result, self.journal.revision)
@@ -256,6 +267,11 @@ class Driver:
         """Have everybody who waits look again, from within an operation."""
         self.wakes += 1
         self._changed.notify_all()
+
+    def _as_before(self, run: Run) -> Any:
+        """Answer a run with what it came to when it was made before; that may be a refusal."""
+        result, self.answered.revision = self.calls.known(run)
+        return looked_up(cast("Core", self), result)
 
     def _take(
         self, steps: Steps[T], step: Step, mine: Operation, cancelled: Callable[[], bool]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -102,20 +102,7 @@ class Engine:
 
     def settle(self, act: Callable[[Core], T]) -> T:
         """Do something short under the lock, once for a call that is repeated. ALL."""
-
-        core = self.core
-        with core.locked():
-            run = core.calls.next_run()
-            known = None if run is None else core.calls.known(run)
-            if known is not None:
-                result, core.answered.revision = known
-                return cast("T", result)
-            result = act(core)
-            core.answered.revision = core.journal.revision
-            if run is not None:
-                core.calls.came_to(run, result, core.answered.revision)
-            core.journal.flush()
-            return result
+        return self.core.settle(lambda: act(self.core))
 
     def drain(self) -> None:
         """Have running vCPUs exit and watches end."""

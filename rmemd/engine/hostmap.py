@@ -92,7 +92,7 @@ def shared_descriptor(core: Core, number: int, session: int, read_only: bool) ->
     size_bytes = file.info.size_pages * PAGE_SIZE
     require_granted(core, session, number, 0, size_bytes, write=not read_only)
     _require_mappable(file)
-    return core.shared_memory(file).reopen(read_only)
+    return core.shared_memory(file).open_anew(read_only)
 
 
 def _require_mappable(file: RestrictedFile) -> None:

@@ -1,7 +1,7 @@
 """The journal: every committed transaction, in order, and the events it makes.
 
 Owns the revision, and what is written to the log when. A record holds the writes of one
-transaction, so that applying the records of a log gives the state back (``engine.recovery``). They
+transaction, so that applying the records of a log gives the state back (``engine.reopen``). They
 are buffered and written as one frame by ``flush``, which the core calls before it lets the lock
 go, before bytes are destroyed or written in place, and before an operation's caller is answered;
 so what anybody was told is in the log, and a frame is all of a piece. Events are kept for those

@@ -5,6 +5,10 @@ steps by which the engine then agrees with its memfds (``settle``). Outcomes are
 executed again. What can have been under way is little, because of the order that bytes and records
 keep: bytes in frames that nobody owned (they are punched), one write in place (its pages are old or
 new, and the state is made to say which), and destruction that was recorded (it is done again).
+
+Words: a process is *restarted*; an engine is *reopened*, once, from the log that it finds; what was
+interrupted is *resumed* and goes on as itself: a transaction, a session, a consumer, a watch.
+*Recovery* is all of that as users are promised it, and ``Recovered`` the report that they get.
 """
 
 from __future__ import annotations
@@ -78,7 +82,7 @@ class ReadBack:
 
 @dataclass(frozen=True)
 class Recovered:
-    """What a restart found and did.
+    """What reopening found and did.
 
     Attributes:
         revision: of the last record.

@@ -4,6 +4,7 @@ Version 1. Start with ``rmemd.hooks.spec``; the hook reference says when each ho
 may answer and what leaving it out means.
 """
 
+from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.spec import ENTRY_POINTS, HOOKS_VERSION, hookimpl
 from rmemd.hooks.state import (
     RecordsState,
@@ -14,7 +15,7 @@ from rmemd.hooks.state import (
     import_tables,
 )
 from rmemd.hooks.tables import Dense, Records, Space, Sparse, TableSpec
-from rmemd.hooks.tx import HookTx, HostContext, Tx, VmContext
+from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import (
     HOST_VIEWS,
     AccessAnswer,

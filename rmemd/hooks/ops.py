@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import pluggy
 
 from rmemd.errors import PLUGIN_INVALID
+from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.spec import (
     CONSUMER_MANDATORY,
     CONSUMER_PAIRS,
@@ -25,7 +27,6 @@ from rmemd.hooks.spec import (
     PlatformSpec,
 )
 from rmemd.hooks.state import State
-from rmemd.hooks.tx import HookTx, HostContext, VmContext
 from rmemd.hooks.types import (
     AccessAnswer,
     CallAnswer,
@@ -116,7 +117,9 @@ class _Manager(pluggy.PluginManager):
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
         return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
 
-    def parse_hookspec_opts(self, module_or_class: object, name: str) -> pluggy.HookspecOpts | None:
+    def parse_hookspec_opts(
+        self, module_or_class: ModuleType | type, name: str
+    ) -> pluggy.HookspecOpts | None:
         return None if name.startswith("__") else super().parse_hookspec_opts(module_or_class, name)
 
 

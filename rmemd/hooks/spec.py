@@ -16,8 +16,8 @@ from typing import Protocol
 
 import pluggy
 
+from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.state import State
-from rmemd.hooks.tx import HookTx, HostContext, VmContext
 from rmemd.hooks.types import (
     AccessAnswer,
     CallAnswer,

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmemd.errors import SWAP_SCHEMA
+from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import Records, Sparse, Table
-from rmemd.hooks.tx import HookTx
 from rmemd.units import I64
 
 # past the last index that a sparse table can have

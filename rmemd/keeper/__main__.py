@@ -24,7 +24,7 @@ def main() -> None:
 
     charge = Charge.decode(sys.argv[1])
     if not charge.debuggable:
-        # what we hold is guests' memory: nobody is to reopen it through /proc/PID/fd
+        # what we hold is guests' memory: nobody is to open it anew by /proc/PID/fd
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     keeper = Keeper(charge)

@@ -32,6 +32,7 @@ from rmemd.engine.engine import Engine
 from rmemd.rpc.consumers import ConsumerService
 from rmemd.rpc.dispatch import BULK_BYTES, Front, add_service, few_watches
 from rmemd.rpc.files import FileService
+from rmemd.rpc.health import HealthServicer
 from rmemd.rpc.host import HostService
 from rmemd.rpc.jobs import Jobs
 from rmemd.rpc.lifecycle import Lifecycle
@@ -123,7 +124,7 @@ class RpcServer:
         self._server = grpc.server(
             self._workers, options=(*COMMON_OPTIONS, *options), maximum_concurrent_rpcs=WORKERS
         )
-        self._health = health.HealthServicer()
+        self._health = HealthServicer()
         self._names = [descriptor.full_name for descriptor, _ in services]
         for descriptor, service in services:
             add_service(self._server, front, descriptor, service)

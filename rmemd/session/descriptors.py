@@ -111,7 +111,7 @@ def send(sock: socket.socket, datagram: bytes, fd: int) -> None:
 
 
 def require_sealed(fd: int) -> None:
-    """Check that a descriptor is of a shared half: sealed, and nobody else's to reopen.
+    """Check that a descriptor is of a shared half: sealed, and nobody else's to open anew.
 
     Raises:
         AssertionError: it is not, and must not leave.

@@ -1,15 +1,14 @@
 """The session socket: who comes in, and how each leaves.
 
-Owns the listener, one thread per session, and the watcher: a thread that waits for connections,
+Owns one thread per session, and the watcher: a thread that waits for connections (``listener``),
 for the end of their processes (pidfds), for notices to send and for leases to run out. A session is
 released by a thread of its own, whatever the session's thread is doing: that one gets nothing more.
-Sessions whose daemon died are watched like the others, until their clients come back for them.
+Sessions whose daemon died are watched like the others, until their clients come back (``absent``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
@@ -25,30 +24,28 @@ import structlog
 from rmemd.access.callers import Access
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
-from rmemd.engine.listeners import Ended, News
+from rmemd.engine.listeners import News
 from rmemd.engine.sessions import Closed
 from rmemd.errors import TOO_MANY, RmemError
 from rmemd.rpc.observe import Observer
+from rmemd.session.absent import PIDFD, Absent
 from rmemd.session.connection import Connection
 from rmemd.session.descriptors import Passed
 from rmemd.session.expected import Expected
+from rmemd.session.listener import Listener
 from rmemd.session.notices import Undelivered
 from rmemd.session.ops import forget_results
 from rmemd.session.peer import identify
 from rmemd.session.talk import SLOW, STOP, Gone, Talk, refused_frame
 from rmemd.session.wire import fault_notice
 
-BACKLOG = 128
-ACCEPTED_AT_ONCE = 32
 # connections of one user that have not said who they are, each of which has a thread
 UNKNOWN_MAX = 16
 CONNECTIONS_MAX = 4096
 # a client that leaves notices unread for so long loses its session
 SLOW_SECONDS = 5.0
-# when the process was out of descriptors: until it looks again whether one is free
-RETRY_SECONDS = 0.1
-NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-PIDFD, CLOSED, LEASE, FAILED = "pidfd", "closed", "lease", "error"
+# why a session ends, beside those of its conversation and of its process
+CLOSED, LEASE, FAILED = "closed", "lease", "error"
 
 log = structlog.get_logger("rmemd.session")
 
@@ -88,16 +85,12 @@ class SessionServer:
         self._unknown: Counter[int] = Counter()
         self._by_number: dict[int, Connection] = {}
         self._by_pidfd: dict[int, Connection] = {}
-        # of those who are expected back, by pidfd
-        self._awaited: dict[int, int] = {}
         self._blocked: dict[int, Connection] = {}
         # handed to the watcher by others; a deque or set of each, whose methods are atomic
         self._gone: set[Connection] = set()
         self._news: set[Connection] = set()
         self._faulted: set[int] = set()
         self._reaped: set[int] = set()
-        self._unexpected: set[int] = set()
-        self._retry_at: float | None = None
 
     # --- life --------------------------------------------------------------------------------
     def bind(self, listener: int | None = None) -> int:
@@ -112,27 +105,21 @@ class SessionServer:
         Raises:
             OSError: it cannot be made.
         """
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
-        if listener is None:
-            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._listener.bind(str(self._path))
-            self._listener.listen(BACKLOG)
-        else:
-            self._listener = socket.socket(fileno=listener)
-        self._listener.setblocking(False)
-        self._epoll.register(self._listener, select.EPOLLIN)
+        self._listener = Listener(self._path, listener, self._epoll, self._clock, self._refuse)
         self._epoll.register(self._wakeup, select.EPOLLIN)
-        # now, so that whoever keeps descriptors can tell which are of nobody
-        self._without_process = self._expected.take_over()
+        self._absent = Absent(
+            self._engine.core, self._expected, self._undelivered, self._epoll, self.wake,
+            self._reap, self._forget_sessions,
+        )  # fmt: skip
         return self._listener.fileno()
 
     def start(self) -> None:
         """Serve; sessions that a daemon before this one had are waited for, or ended."""
         self._engine.on_userfault(self._on_fault)
         self._access.on_lease = self.wake
-        self._take_over()
+        self._absent.start()
         self._watcher = threading.Thread(target=self._watch, name="sessions", daemon=True)
         self._watcher.start()
 
@@ -155,58 +142,6 @@ class SessionServer:
     def fds_passed(self, tenant: str) -> int:
         """Return how many descriptors a tenant was given by sessions that live."""
         return self._passed.of(tenant)
-
-    # --- sessions of a daemon before this one ------------------------------------------------
-    def _take_over(self) -> None:
-        awaited, gone = self._expected.all(), self._without_process
-        for one in awaited:
-            forget_results(self._engine.core, one.session, but_newest=True)
-            self._await(one.session, one.pidfd)
-        self._forget_sessions(self._expected.ended())
-        # in safe mode nothing is let go
-        if not self._engine.core.read_only:
-            for session in gone:
-                self._reap(session, PIDFD)
-        if awaited or gone:
-            log.info("sessions_taken_over", awaited=[one.session for one in awaited], gone=gone)
-
-    def _await(self, session: int, pidfd: int) -> None:
-        def hear(news: News) -> None:
-            if isinstance(news, Ended):
-                self._unexpected.add(session)
-                self.wake()
-            else:
-                self._undelivered.keep(session, news)
-
-        self._awaited[pidfd] = session
-        self._epoll.register(pidfd, select.EPOLLIN)
-        self._engine.core.listeners.add(session, hear)
-
-    def _await_no_more(self) -> None:
-        """Close the pidfds of sessions whose client has come, or that have ended."""
-        for one in self._expected.came():
-            self._stop_awaiting(one.pidfd)
-        while self._unexpected:
-            session = self._unexpected.pop()
-            given_up = self._expected.give_up(session)
-            if given_up is not None:
-                self._engine.core.listeners.remove(session)
-                self._stop_awaiting(given_up.pidfd)
-                self._forget_sessions((session,))
-
-    def _stop_awaiting(self, pidfd: int) -> None:
-        # it may have fired already
-        if self._awaited.pop(pidfd, None) is not None:
-            self._epoll.unregister(pidfd)
-            os.close(pidfd)
-
-    def _awaited_died(self, pidfd: int) -> None:
-        session = self._awaited[pidfd]
-        one = self._expected.give_up(session)
-        # else it came, and its new connection knows that it died
-        if one is not None:
-            self._reap(session, PIDFD)
-            self._stop_awaiting(pidfd)
 
     # --- the watcher -------------------------------------------------------------------------
     def _watch(self) -> None:
@@ -233,41 +168,29 @@ class SessionServer:
                 connecting = True
             elif fd in self._by_pidfd:
                 self._died(self._by_pidfd[fd])
-            elif fd in self._awaited:
-                self._awaited_died(fd)
+            elif self._absent.is_of_one(fd):
+                self._absent.died(fd)
             elif fd in self._blocked:
                 self._news.add(self._blocked[fd])
         self._send_news()
         self._close_gone()
-        self._await_no_more()
+        self._absent.settle()
         # last: only here do descriptors get numbers, which then mean what they meant above
         if connecting and not self._stopping:
-            self._accept_some()
-        elif self._retry_at is not None and self._clock() >= self._retry_at:
-            self._listen_again()
+            for sock in self._listener.accept():
+                self._take(sock)
+        else:
+            self._listener.listen_again()
 
     def _until_next(self, lease_left: float | None) -> float | None:
         now = self._clock()
         ends = [] if lease_left is None else [now + lease_left]
         ends += [one.blocked_since + SLOW_SECONDS for one in self._blocked.values()
                  if one.blocked_since is not None]  # fmt: skip
-        ends += [] if self._retry_at is None else [self._retry_at]
+        ends += [] if self._listener.retry_at is None else [self._listener.retry_at]
         return max(min(ends) - now, 0.0) if ends else None
 
     # --- coming ------------------------------------------------------------------------------
-    def _accept_some(self) -> None:
-        for _ in range(ACCEPTED_AT_ONCE):
-            try:
-                sock, _ = self._listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno in NO_DESCRIPTORS:
-                    self._turn_away(error)
-                # else it has gone again: ECONNABORTED
-                return
-            self._take(sock)
-
     def _take(self, sock: socket.socket) -> None:
         try:
             peer = identify(sock)
@@ -291,32 +214,6 @@ class SessionServer:
             self._known(connection)
             self._forget(connection)
             self._refuse(sock, "no thread is left")
-
-    def _turn_away(self, error: OSError) -> None:
-        """With no descriptor left, give the spare one up to tell whoever waits; get it back."""
-        os.close(self._spare)
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:
-            pass
-        else:
-            self._refuse(sock, os.strerror(error.errno or 0))
-        try:
-            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            # another thread was faster: nobody is let in until it has given it back
-            self._spare = -1
-            self._epoll.unregister(self._listener)
-            self._retry_at = self._clock() + RETRY_SECONDS
-
-    def _listen_again(self) -> None:
-        try:
-            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            self._retry_at = self._clock() + RETRY_SECONDS
-        else:
-            self._retry_at = None
-            self._epoll.register(self._listener, select.EPOLLIN)
 
     def _refuse(self, sock: socket.socket, why: str, **facts: object) -> None:
         log.warning("connection_refused", why=why, **facts)
@@ -527,12 +424,10 @@ class SessionServer:
     def _close(self) -> None:
         self._engine.on_userfault(lambda session: None)
         self._access.on_lease = lambda: None
-        for pidfd in list(self._awaited):
-            self._stop_awaiting(pidfd)
+        self._absent.close()
         self._epoll.close()
         self._listener.close()
         with self._lock:
-            for fd in (self._wakeup, self._spare):
-                if fd >= 0:
-                    os.close(fd)
-            self._wakeup = self._spare = -1
+            if self._wakeup >= 0:
+                os.close(self._wakeup)
+            self._wakeup = -1

@@ -26,7 +26,7 @@ from zlib import crc32
 from rmemd.store import codec
 from rmemd.store.codec import JournalUnreadable
 from rmemd.store.memfd import FALLOC_FL_KEEP_SIZE
-from rmemd.store.system import SYSTEM
+from rmemd.store.system import SYSTEM, growing
 
 FORMAT = 1
 MAGIC = b"rmemdlog"
@@ -314,12 +314,7 @@ class _Pen:
 
 
 def _make() -> tuple[int, int]:
-    made = []
-    for name in ("rmemd-journal-0", "rmemd-journal-1"):
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.fchmod(fd, 0o600)
-        made.append(fd)
-    return made[0], made[1]
+    return growing("rmemd-journal-0"), growing("rmemd-journal-1")
 
 
 def _write(fd: int, buffers: list[bytes], at: int) -> None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from rmemd.store.system import SYSTEM, System, whole
+from rmemd.store.system import MODE, SYSTEM, System, whole
 from rmemd.units import I64, PAGE_SIZE, U8, coalesce
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 SEALS = F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL
-MODE = 0o600
 # how the kernel names what may be passed on, and nothing else
 SHARED_NAME = "rmemd-file-"
 
@@ -113,7 +112,7 @@ class Memfd:
             found.append(np.arange(data // PAGE_SIZE, at // PAGE_SIZE, dtype=np.int64))
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
-    def reopen(self, read_only: bool) -> int:
+    def open_anew(self, read_only: bool) -> int:
         """Return a descriptor to be passed on, which the caller closes.
 
         It is another open file: flags that its receiver sets on it (O_APPEND would divert our

@@ -11,6 +11,8 @@ import errno
 import os
 from collections.abc import Callable
 
+# of every memfd: whoever keeps it has it, and another user does not open it anew by /proc
+MODE = 0o600
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -43,6 +45,19 @@ class System:
 
 
 SYSTEM = System()
+
+
+def growing(name: str) -> int:
+    """Return the descriptor of a new memfd for what grows, and nobody but us reads.
+
+    It is no guest's memory, so no simulation has a word in it.
+
+    Raises:
+        OSError: the system has no descriptor or memory left.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.fchmod(fd, MODE)
+    return fd
 
 
 def whole(

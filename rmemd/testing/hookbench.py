@@ -12,19 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.ops import NotifierOps, PlatformOps, compile_consumer, compile_platform
 from rmemd.hooks.tables import Space, TableSpec, same_state
-from rmemd.hooks.tx import (
-    COUNTERS,
-    FRAME_KEYS,
-    KEYS,
-    VM_KEYS,
-    ByteOp,
-    HookTx,
-    HostContext,
-    Tx,
-    VmContext,
-)
+from rmemd.hooks.tx import COUNTERS, FRAME_KEYS, KEYS, VM_KEYS, ByteOp, Tx
 from rmemd.hooks.types import Runs
 
 T = TypeVar("T")

@@ -15,8 +15,9 @@ import numpy as np
 
 from rmemd.consumers.guard import Consumer, Platform
 from rmemd.engine.core import Core
+from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.ops import NotifierOps, PlatformOps
-from rmemd.hooks.tx import HookTx, Tx
+from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Content, Runs, Why
 from rmemd.units import I64
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
+from rmemd.store.system import growing
 from rmemd.trace.format import STOP, Line, encode
 
 
@@ -24,7 +25,7 @@ class Sink:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._lock = threading.Lock()
-        self._fd = os.memfd_create("rmemd-trace", os.MFD_CLOEXEC)
+        self._fd = growing("rmemd-trace")
         self.size = 0
         self.stopped = ""
 

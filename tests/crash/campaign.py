@@ -19,9 +19,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from daemons import Daemon
+from daemons import Daemon, eventually
 
-from rmem_client import Client
+from rmem_client import Client, RmemError
 
 from . import launcher, plans
 from .client import LEAVE, WORK, Report, serve
@@ -31,6 +31,7 @@ PATIENCE_SECONDS = 120.0
 # a life that has no plan ends within this time; one whose moment does not come, after the other
 ANY_TIME_SECONDS = 0.3
 NO_MOMENT_SECONDS = 10.0
+LAST_WORDS = 40_000
 # a crash loop is what is wanted here
 OPTIONS = (
     "--keeper", "--host-memory", "256M", "--set", "daemon.restart_delay_max_seconds=0",
@@ -47,7 +48,8 @@ class Figure:
         kills: how many there were, by moment; a daemon that recovers may be killed, too.
         serving: seconds from each kill to the first call answered after it.
         reports: the clients', newest.
-        violations: of invariants, as the daemon in the end found them itself.
+        violations: of invariants, as the daemon in the end found them itself; or why it said
+            nothing.
         seconds: how long it took.
     """
 
@@ -101,17 +103,35 @@ def run(directory: Path, kills: int, seed: int, clients: int = CLIENTS) -> Figur
         with Clients(clients, seed, daemon.socket_dir) as crowd, daemon.client() as probe:
             figure.reports = crowd.reports()
             cycles = Cycles(daemon, probe, crowd, told, seed)
-            while figure.kills.total() < kills and not figure.failures:
-                figure.kills += cycles.cycle()
-                figure.reports = crowd.reports()
             figure.serving = cycles.serving
-            if not figure.failures:
-                figure.violations = [str(one) for one in probe.host.check().violations]
-                figure.reports = crowd.leave()
+            try:
+                _cycles(figure, cycles, crowd)
+                if not figure.failures:
+                    figure.violations = [str(one) for one in probe.host.check().violations]
+                    figure.reports = crowd.leave()
+            except RmemError as error:
+                # asked while the clients live: what it waits for may be one of them
+                figure.violations.append(f"{error}\n{_last_words(daemon)}")
     finally:
         daemon.kill() if figure.failures else daemon.stop()
         figure.seconds = time.monotonic() - begun
     return figure
+
+
+def _cycles(figure: Figure, cycles: Cycles, crowd: Clients) -> None:
+    while figure.kills.total() < figure.wanted and not figure.failures:
+        figure.kills += cycles.cycle()
+        figure.reports = crowd.reports()
+
+
+def _last_words(daemon: Daemon) -> str:
+    """Return what a daemon that does not answer is doing, and the end of its log."""
+    children = Path(f"/proc/{daemon.process.pid}/task/{daemon.process.pid}/children")
+    for pid in children.read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    # the main thread's stack is the last
+    eventually(lambda: "Current thread" in daemon.log[-LAST_WORDS:], patience=5.0)
+    return daemon.log[-LAST_WORDS:]
 
 
 class CrashDaemon(Daemon):
@@ -132,26 +152,37 @@ class Cycles:
         self.serving: list[float] = []
         self._probe, self._crowd, self._told = probe, crowd, told
         self._rng = random.Random(f"cycles {seed}")
-        self._pid = probe.host.get().daemon_pid
+        self._life, self._pid = self._serving()
 
     def cycle(self) -> Counter[str]:
         """Have the clients work until the daemon has died and serves again; return the deaths."""
-        life = self._lives() - 1
-        pidfd = os.pidfd_open(self._pid)
+        life = self._life
         with (self._told / plans.ARMED).open("r+b") as armed:
             armed.write(life.to_bytes(plans.NUMBER, "little"))
         self._crowd.work()
-        killed_at = self._end(pidfd, life)
-        self._pid = self._probe.host.get().daemon_pid
+        killed_at = self._end(life)
+        self._life, self._pid = self._serving()
         answered_at = time.monotonic()
         self._crowd.pause()
-        lives = range(life, self._lives() - 1)
-        killed_at = max(killed_at, *(self._killed_at(one) for one in lives))
-        self.serving.append(answered_at - killed_at)
-        return Counter(self._moment(one) for one in lives)
+        ended = range(life, self._life)
+        self.serving.append(answered_at - max(killed_at, *map(self._killed_at, ended)))
+        return Counter(map(self._moment, ended))
 
-    def _end(self, pidfd: int, life: int) -> float:
+    def _serving(self) -> tuple[int, int]:
+        """Return which life serves, and its process."""
+        while True:
+            lives = self._lives()
+            pid = self._probe.host.get().daemon_pid
+            if lives == self._lives():
+                return lives - 1, pid
+
+    def _end(self, life: int) -> float:
         """Wait for a life's end, and see to it; return when that was."""
+        try:
+            pidfd = os.pidfd_open(self._pid)
+        except ProcessLookupError:
+            # its moment came before the clients worked
+            return self._killed_at(life)
         planned = plans.read(self._told, life) is not None
         seconds = NO_MOMENT_SECONDS if planned else self._rng.uniform(0, ANY_TIME_SECONDS)
         poll = select.poll()

@@ -58,6 +58,7 @@ class CrashClient:
         self._client = self._session.client(deadline_s=DEADLINE_S)
         # without a token, this user's calls are the host's own
         self._admin = Client(socket_dir, deadline_s=DEADLINE_S)
+        self._admin.wait_ready(DEADLINE_S)
         self._consumers = sorted(self._client.consumers.list().consumers, key=lambda c: c.name)
         self._next = number
         self.report = Report()
@@ -131,11 +132,13 @@ class CrashClient:
         self._guests.append(self._make_guest())
 
     def _visit(self) -> None:
-        """Open another session, with a VM that goes with it."""
-        with Session.open(self._socket_dir, deadline_s=DEADLINE_S) as session:
-            with session.client(deadline_s=DEADLINE_S) as client:
-                client.wait_ready(DEADLINE_S)
-                require("session", client.sessions.whoami().session, session.number)
+        """Open another session for a moment, and call in its name."""
+        with (
+            Session.open(self._socket_dir, deadline_s=DEADLINE_S) as session,
+            session.client(deadline_s=DEADLINE_S) as client,
+        ):
+            client.wait_ready(DEADLINE_S)
+            require("session", client.sessions.whoami().session, session.number)
 
     # --- what is told ------------------------------------------------------------------------
     def _count(self) -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from rmem_client import vcpus
 from rmem_client.constants import GUEST_MEMFD_FLAG_MMAP, PAGE_BYTES
-
 from rmem_vmm import machine
 from rmem_vmm.guest import Range, take
 from rmem_vmm.vcpu import Vcpu

@@ -7,6 +7,7 @@ daemon differs, except that its log is begun anew sooner.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import mmap
 import os
@@ -100,10 +101,13 @@ def count_life(directory: Path) -> int:
 
 def main() -> None:
     """Be ``rmemd``."""
+    # what its threads do, told to the log where somebody waits in vain
+    faulthandler.register(signal.SIGUSR1)
     directory = Path(os.environ[ENVIRONMENT])
     life = count_life(directory)
     plan = read(directory, life)
-    importlib.import_module("rmemd.engine.journal").CHECKPOINT_BYTES = CHECKPOINT_BYTES  # type: ignore[attr-defined]
+    journal: Any = importlib.import_module("rmemd.engine.journal")
+    journal.CHECKPOINT_BYTES, journal.CHECKPOINT_RATIO = CHECKPOINT_BYTES, 0
     if plan is not None:
         Trap(plan, life, directory).set()
     from rmemd.daemon.cli import main as rmemd

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from daemons import Daemon
+from keeping import Kept
 from session_clients import Clients
 
 MakeDaemon = Callable[..., Daemon]
@@ -40,6 +41,14 @@ def daemons(tmp_path: Path) -> Iterator[MakeDaemon]:
 def daemon(daemons: MakeDaemon) -> Daemon:
     """A daemon with 64 MiB of mock host memory."""
     return daemons()
+
+
+@pytest.fixture
+def kept() -> Iterator[Kept]:
+    """What outlives an engine of this process."""
+    made = Kept()
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from rmemd.rpc.doors import UnixDoor
 from rmemd.rpc.jobs import Jobs
 from rmemd.rpc.replies import KEPT_SECONDS, REQUEST_ID, SECRET, Replies, Turn, mutates
 from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
+from rmemd.units import PAGE_SIZE
 
 LIFE = "5eaf00d5"
 MUTATIONS = sorted(
@@ -139,12 +140,16 @@ def test_an_answer_that_left_is_given_again_by_the_next_daemon(daemons: Any) -> 
     before = daemons()
     metadata = [(REQUEST_ID, str(uuid.uuid4()))]
     refused = [(REQUEST_ID, str(uuid.uuid4()))]
+    # what is refused now, and would not be any more
+    early = {"vm": 1, "size_bytes": PAGE_SIZE, "metadata": refused}
+    no = before.rpc.call("CreateFile", **early)
+    assert no.reason == "NO_SUCH_VM"
     first = before.rpc.call("CreateVm", consumer="null", metadata=metadata)
-    no = before.rpc.call("CreateVm", consumer="nobody's", metadata=refused)
+    assert first.reply.vm == 1
     after = daemons(before.kept.copied())
     again = after.rpc.call("CreateVm", consumer="null", metadata=metadata)
     assert again.reply == first.reply
-    no_again = after.rpc.call("CreateVm", consumer="nobody's", metadata=refused)
+    no_again = after.rpc.call("CreateFile", **early)
     assert (no_again.code, no_again.message) == (no.code, no.message)
     other = after.rpc.call("CreateVm", consumer="gup", metadata=metadata)
     assert "REQUEST_ID_REUSED" in other.message

@@ -16,18 +16,11 @@ from rmemd.consumers.guard import Consumer
 from rmemd.engine.engine import Engine
 from rmemd.errors import PluginFault
 from rmemd.hooks import ENTRY_POINTS
+from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import same_state
-from rmemd.hooks.tx import HookTx
 
 TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
 NPAGES = 8
-
-
-@pytest.fixture
-def kept() -> Iterator[Kept]:
-    keeper = Kept()
-    yield keeper
-    keeper.close()
 
 
 @pytest.fixture

@@ -7,15 +7,13 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 import pytest
 from acts import INSTALLED, PAGES, act, arena
 from guests import Guest
 from helpers import write
-from keeping import Kept, kept_engine, reopened
+from keeping import Kept, Page, held_pages, kept_engine, reopened, unsettled
 
 from rmemd.engine import reopen
 from rmemd.engine.engine import Engine
@@ -26,20 +24,12 @@ from rmemd.engine.programme import Opcode
 from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.types import Agent
-from rmemd.model.host import Stored, Use
 from rmemd.model.sessions import Owner
 from rmemd.model.vms import GUEST_MEMFD
 from rmemd.store.codec import JournalUnreadable
 from rmemd.store.keeping import JOURNALS, Keeping
 from rmemd.store.system import System
-from rmemd.units import PAGE_SIZE, pages
-
-
-@pytest.fixture
-def kept() -> Iterator[Kept]:
-    keeper = Kept()
-    yield keeper
-    keeper.close()
+from rmemd.units import PAGE_SIZE
 
 
 @pytest.fixture
@@ -113,11 +103,7 @@ def test_killed_at_any_frame_state_and_memory_agree(engine: Engine, kept: Kept, 
 
     def look() -> None:
         after = reopened(kept)
-        strays, missing = after.core.controller.strays()
-        wrong.extend(check(after.core))
-        wrong.extend(f"arena: pfn {pfn}" for pfn in (*strays, *missing))
-        if (after.core.host.use.view == int(Use.SCRUBBING)).any():
-            wrong.append("frames wait to be scrubbed")
+        wrong.extend((*check(after.core), *unsettled(after)))
         found.append(after.recovered)
         after.close()
 
@@ -173,6 +159,10 @@ class Killed(System):
 
 NPAGES = 16
 A, B = 1, 2
+KINDS = (
+    "null", "gup", "tdx-relocate", "snp-move", "pkvm-gmem", "sw-protected", "tdx-relocate in place",
+    "snp-move in place",
+)  # fmt: skip
 Act = Callable[[Guest], object]
 ACTS: dict[str, tuple[Act, ...]] = {
     "write": (lambda g: g.write(2, 12, B),),
@@ -194,14 +184,15 @@ ACTS: dict[str, tuple[Act, ...]] = {
 
 @pytest.mark.parametrize("filled", [True, False], ids=["written", "zero"])
 @pytest.mark.parametrize("act_name", ACTS)
-@pytest.mark.parametrize("name", ["null", "gup", "tdx-relocate", "snp-move", "pkvm-gmem"])
+@pytest.mark.parametrize("name", KINDS)
 def test_killed_at_any_system_call_each_page_is_old_or_new(
     kept: Kept, name: str, act_name: str, filled: bool
 ) -> None:
     """Each page is as before what was under way, or as after it: never torn, lost or both."""
     system = Killed()
     engine = kept_engine(kept, nframes=1024, system=system)
-    guest = Guest(engine, name, NPAGES)
+    consumer, _, in_place = name.partition(" ")
+    guest = Guest(engine, consumer, NPAGES, in_place=bool(in_place) or None)
     guest.fault(0, NPAGES)
     if filled and guest.private:
         guest.fill(0, NPAGES, A)
@@ -210,50 +201,24 @@ def test_killed_at_any_system_call_each_page_is_old_or_new(
 
     def look() -> None:
         after = reopened(kept)
-        wrong.extend(check(after.core))
-        moments.append(_pages(after, guest.file, guest.vm))
+        wrong.extend((*check(after.core), *unsettled(after)))
+        moments.append(held_pages(after, guest.file, guest.vm, NPAGES))
         after.close()
 
     for step in ACTS[act_name]:
-        before = _pages(engine, guest.file, guest.vm)
+        before = held_pages(engine, guest.file, guest.vm, NPAGES)
         moments.clear()
         system.look = look
         with suppress(RmemError):
             step(guest)
         system.look = lambda: None
-        ended = _pages(engine, guest.file, guest.vm)
+        ended = held_pages(engine, guest.file, guest.vm, NPAGES)
         for moment in moments:
             for page, found, old, new in zip(range(NPAGES), moment, before, ended, strict=True):
                 if found not in (old, new):
                     wrong.append(f"page {page}: {found}, was {old}, becomes {new}")
     assert wrong == []
     engine.close()
-
-
-# the private and the shared half of a page: a digest of the bytes, or what else is there
-Page = tuple[str, str]
-
-
-def _pages(engine: Engine, file: int, vm: int) -> list[Page]:
-    """Return what a file's pages hold, without touching one."""
-    core = engine.core
-    if not core.files.exists(file):
-        return [("gone", "gone")] * NPAGES
-    view = core.files.get(file)
-    frames = view.frames.get(pages(0, NPAGES)).astype(np.int64) - 1
-    key: Any = core.host.vm_keys.get(vm, 0)
-    private = ["hole"] * NPAGES
-    at = np.flatnonzero((frames >= 0) & (core.host.stored.get(frames) != Stored.SHARED))
-    rows, failed = core.controller.read(frames[at], key)
-    for page, row, bad in zip(at.tolist(), rows, failed, strict=True):
-        private[page] = "poison" if bad else blake2b(row.tobytes(), digest_size=4).hexdigest()
-    shared = ["hole"] * NPAGES
-    if core.has_shared_memory(view):
-        memfd = core.shared_memory(view)
-        for page in memfd.present(0, NPAGES).tolist():
-            row = memfd.read(pages(page, 1))
-            shared[page] = blake2b(row.tobytes(), digest_size=4).hexdigest()
-    return list(zip(private, shared, strict=True))
 
 
 # --- consumers ------------------------------------------------------------------------------------
@@ -370,21 +335,29 @@ def _twin(guest: Guest, engine: Engine) -> Guest:
 
 
 def test_a_file_whose_close_was_cut_off_at_any_frame_is_closed_once(
-    engine: Engine, kept: Kept
+    engine: Engine, kept: Kept, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its shared memory goes after the frame that tells what came of it, and not before."""
     guest = Guest(engine, "sw-protected", NPAGES)
     guest.convert(0, NPAGES, private=False)
     engine.write_shared(guest.file, 0, b"x" * 3 * PAGE_SIZE)
     moments: list[Engine] = []
+
+    def drop(name: str) -> None:
+        Kept.drop(kept, name)
+        moments.append(reopened(kept))
+
+    monkeypatch.setattr(kept, "drop", drop)
     _after_each_frame(engine, lambda: moments.append(reopened(kept)))
     with engine.core.calls.of("id"):
         freed = engine.close_file(guest.file)
-    assert moments
+    assert len(moments) >= 2
     for after in moments:
         with after.core.calls.of("id"):
             assert after.close_file(guest.file) == freed
         assert not after.core.files.exists(guest.file)
+        assert after.recovered is not None
+        assert after.recovered.lost == ()
         after.close()
 
 
@@ -449,13 +422,14 @@ def test_a_log_that_is_begun_anew_again_and_again_has_the_state(
 
 
 def test_notes_and_results_outlive_a_log_that_is_begun_anew(engine: Engine, kept: Kept) -> None:
-    for key in (1, 2):
+    for key in (1, 2, 3):
         engine.core.notes.set("kind", key, f"value {key}")
     engine.core.notes.drop("kind", 1)
     with engine.core.calls.of("id"):
         made = engine.create_vm("null").info.vm
     with engine.core.locked():
         engine.core.journal.begin_generation()
+    engine.core.notes.drop("kind", 3, flush=True)
     after = reopened(kept)
     assert after.core.notes.items("kind") == [(2, "value 2")]
     with after.core.calls.of("id"):

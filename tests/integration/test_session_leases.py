@@ -210,7 +210,8 @@ def test_only_a_sealed_memfd_leaves(engine: Engine, tmp_path: Path) -> None:
     """I23: the arena, a file, a socket, or a memfd of another mode or fewer seals stay."""
     memfd = Memfd("rmemd-file-1", 1)
     require_sealed(memfd.fd)
-    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    # named as a shared half is, so that only its seals are wanting
+    unsealed = os.memfd_create("rmemd-file-2", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.fchmod(unsealed, 0o600)
     one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plain = os.open(tmp_path / "plain", os.O_CREAT | os.O_RDWR, 0o600)
@@ -237,11 +238,11 @@ def test_a_descriptors_flags_are_its_receivers(engine: Engine) -> None:
     import fcntl
 
     memfd = Memfd("test", 2)
-    passed = memfd.reopen(read_only=False)
+    passed = memfd.open_anew(read_only=False)
     fcntl.fcntl(passed, fcntl.F_SETFL, os.O_APPEND)
     memfd.write_bytes(0, b"here")
     assert memfd.read_bytes(0, 4) == b"here"
-    read_only = memfd.reopen(read_only=True)
+    read_only = memfd.open_anew(read_only=True)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(read_only, b"x")
     for fd in (passed, read_only):

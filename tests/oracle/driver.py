@@ -40,7 +40,7 @@ class World:
 
     def __init__(self, nframes: int = NFRAMES, nnodes: int = 1) -> None:
         options = Options(nframes=nframes, nnodes=nnodes, seed=1, kept_records=64)
-        self.engine = Engine(options, Guard(lambda: 0.0))
+        self.engine = self._power_on(options)
         self.oracle = Oracle(self.engine)
         self.spec = self.oracle.spec
         self.nframes = nframes
@@ -49,6 +49,9 @@ class World:
         self.got: list[tuple[int, int]] = []
         # what came of what, so that a test can require that runs get everywhere
         self.seen: Counter[tuple[str, str]] = Counter()
+
+    def _power_on(self, options: Options) -> Engine:
+        return Engine(options, Guard(lambda: 0.0))
 
     def close(self) -> None:
         """Let the engine's memory go."""

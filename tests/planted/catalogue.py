@@ -1,38 +1,39 @@
 """The planted bugs: one class each row of reliability.md §1 has, in the real code, with its check.
 
-A table of data. Texts are searched for as they are; one that is not there once fails the suite, so
-whoever changes such a line changes its mutant with it.
+A table of data; ``lasting`` has those of what must outlive the process. Texts are searched for as
+they are; one that is not there once fails the suite, so whoever changes such a line changes its
+mutant with it.
 """
 
 from __future__ import annotations
 
+from planted.lasting import LASTING
 from planted.planting import Mutant
-
-#: a class -> what went wrong in which comparable system (reliability.md §1; §3 where it says so)
-ROWS = {
-    "CVE-2025-40274, -68810": "use after free: a binding outlives its memslot; a flag is toggled",
-    "CVE-2021-47639, -22543": "a page is reachable after the notifier returned, or unreferenced",
-    "CVE-2026-90040": "a consumer lacks an invalidate hook",
-    "CVE-2026-46147": "an error path leaks pins; published before it is initialised",
-    "CVE-2026-98433": "a failed migration leaks a bounded pool",
-    "CVE-2024-36913": "a conversion fails, and its page is freed all the same",
-    "TDX pin removal": "a refcount cannot tell transient from intended",
-    "offset sign, CVE-2026-0028": "a range overflows",
-    "SEV dirty cache lines": "no flush before reuse",
-    "CVE-2026-31591": "the state changes while it is finalized",
-    "CVE-2022-0669": "descriptors that nobody expects are not closed",
-    "ARROW-1788": "one client's death aborts what is another's",
-    "CVE-2026-1386": "a symbolic link is followed",
-    "CVE-2023-33953, -4785": "memory or descriptors without a bound",
-    "§3 I13": "poison that does not stay",
-    "§3 I15": "authority that is not the caller's",
-    "§3 I16, I21": "a handle, a revision or a reply that is not what it was",
-    "§3 I24": "private bytes that are told",
-}
-BIND, REACH, HOOK, LEAK, POOL, FAILED, COUNT, RANGE, FLUSH, LAUNCH, RIGHTS, DEATH, LINK, BOUND = (
-    list(ROWS)[:14]
+from planted.rows import (
+    AUTHORITY,
+    BIND,
+    BOUND,
+    COUNT,
+    DEATH,
+    FAILED,
+    FLUSH,
+    HANDLE,
+    HOOK,
+    LAUNCH,
+    LEAK,
+    LINK,
+    NODE,
+    OWNER,
+    POISON,
+    POOL,
+    RANGE,
+    REACH,
+    RIGHTS,
+    SECRET,
+    SEED,
+    SPEC,
+    STEP,
 )
-POISON, AUTHORITY, HANDLE, SECRET = list(ROWS)[14:]
 
 REFERENCES = "tests/integration/test_references.py"
 HOSTILE = "tests/integration/test_session_hostile.py"
@@ -40,6 +41,7 @@ REPLIES = "tests/unit/test_replies.py"
 TDX_RULES = "plugins/tdx/tests/test_rules.py"
 SNP_RULES = "plugins/snp/tests/test_firmware_rules.py"
 RMP_RULES = "plugins/snp/tests/test_rmp_rules.py"
+MENDED = "tests/oracle/test_oracle.py::test_a_difference_that_was_mended_stays_mended"
 PKVM_RULES = "plugins/pkvm/tests/test_rules.py"
 
 _TABLE = (
@@ -156,6 +158,12 @@ _TABLE = (
         "tests/integration/test_swap.py::"
         "test_a_fault_that_looked_up_before_asks_the_new_consumer",
     ),
+    Mutant(
+        "bracket-without-its-end", HOOK, "rmemd.engine.bracket",
+        '        core.consumer(view.vm).call(tx, "invalidate_end", runs, why, True)\n',
+        "        pass\n",
+        "pages_are_punched_and_converted", "I8",
+    ),
     # --- error paths -------------------------------------------------------------------------
     Mutant(
         "refused-installation-leaks-its-reference", LEAK, "rmemd.engine.fault",
@@ -224,12 +232,12 @@ _TABLE = (
     Mutant(
         "bytes-do-not-move", POOL, "rmemd_tdx.leaves",
         '    tx.relocate(src[has_content], dst[has_content], td.fields["KEY"])\n', "",
-        "pages_move_with_their_bytes",
+        "pages_move_with_their_bytes", "I10",
     ),
     Mutant(
         "bytes-sealed-for-the-old-frame", POOL, "rmemd.store.controller",
         "self.write_plan(dst[rest], rows, key_id)", "self.write_plan(src[rest], rows, key_id)",
-        "pages_move_with_their_bytes",
+        "pages_move_with_their_bytes", "I10",
     ),
     Mutant(
         "taken-frames-not-counted", POOL, "rmemd.model.buddy",
@@ -252,7 +260,7 @@ _TABLE = (
         "freed-though-the-vendor-refuses", FAILED, "rmemd.engine.frames",
         '            refused |= platform.call(tx, 0, "free", pfns)\n',
         '            platform.call(tx, 0, "free", pfns)\n',
-        "what_cannot_be_reclaimed_is_leaked",
+        "what_cannot_be_reclaimed_is_leaked", "I12",
     ),
     Mutant(
         "freed-though-never-reset", FAILED, "rmemd_tdx.leaves",
@@ -383,6 +391,15 @@ _TABLE = (
         '            _if(exists and not self.clean.at(asid), "DFFLUSH_REQUIRED"),\n', "",
         f"{SNP_RULES}::test_rule_16_activate_checks_in_order_one_repair_at_a_time",
     ),
+    Mutant(
+        "frame-given-back-before-the-flush", FLUSH, "rmemd.engine.memory",
+        "            with invalidating(core, tx, views, Why.PUNCH):\n"
+        "                frames.remove(core, tx, file, present, private=True)\n",
+        "            frames.remove(core, tx, file, present, private=True)\n"
+        "            with invalidating(core, tx, views, Why.PUNCH):\n"
+        "                pass\n",
+        "pages_are_punched_and_converted", "I6",
+    ),
     # --- the launch --------------------------------------------------------------------------
     Mutant(
         "tdx-launch-goes-on", LAUNCH, "rmemd_tdx.consumer",
@@ -426,8 +443,14 @@ _TABLE = (
         f"{HOSTILE}::test_descriptors_that_nobody_asked_for",
     ),
     Mutant(
-        "unsealed-descriptor-leaves", RIGHTS, "rmemd.session.descriptors",
-        "    if seals & SEALS != SEALS or mode != 0o600:", "    if mode != 0o600:",
+        "unsealed-descriptor-leaves", RIGHTS, "rmemd.store.memfd",
+        "    return seals & SEALS == SEALS and stat.", "    return stat.",
+        "tests/integration/test_session_leases.py::test_only_a_sealed_memfd_leaves",
+    ),
+    Mutant(
+        "arena-leaves", RIGHTS, "rmemd.store.memfd",
+        '    return name_of(fd).startswith(f"/memfd:{SHARED_NAME}") and is_sealed(fd)\n',
+        "    return is_sealed(fd)\n",
         "tests/integration/test_session_leases.py::test_only_a_sealed_memfd_leaves",
     ),
     # --- a client's death --------------------------------------------------------------------
@@ -645,7 +668,7 @@ _TABLE = (
         "events_are_for_their_tenant",
     ),
     Mutant(
-        "plugin-writes-any-table", AUTHORITY, "rmemd.hooks.tx",
+        "plugin-writes-any-table", AUTHORITY, "rmemd.hooks.hooktx",
         "        if not name.startswith(self._prefixes):", "        if not name:",
         "plugins_write_their_own_tables",
     ),
@@ -658,7 +681,8 @@ _TABLE = (
     ),
     Mutant(
         "change-without-a-revision", HANDLE, "rmemd.engine.core",
-        "        if tx.redo or tx.events:\n", "        if tx.events:\n",
+        "            committed = bool(tx.redo or tx.events)\n",
+        "            committed = bool(tx.events)\n",
         "every_change_has_a_revision",
     ),
     Mutant(
@@ -679,7 +703,7 @@ _TABLE = (
         "the_bus_sees_no_plaintext",
     ),
     Mutant(
-        "key-is-reused", SECRET, "rmemd.hooks.tx",
+        "key-is-reused", SECRET, "rmemd.hooks.hooktx",
         '        key_id = self._tx.next_id("key")\n',
         '        key_id = self._tx.next_id("key") and 1\n',
         "the_bus_sees_no_plaintext",
@@ -689,7 +713,95 @@ _TABLE = (
         "        under = key if content is Content.PRESERVED else 0\n", "        under = 0\n",
         "a_guest_s_own_conversion_is_sealed",
     ),
+    # --- one owner ---------------------------------------------------------------------------
+    Mutant(
+        "lock-let-go-with-half-a-move", OWNER, "rmemd.engine.driver",
+        "                step.tx.suspend()\n"
+        "                with self.waits.holding(step.tx):\n"
+        "                    yield\n",
+        "                yield\n",
+        "half_a_move_is_seen_by_nobody",
+        also=(("            step.tx.resume()\n", ""),),
+    ),
+    Mutant(
+        "moved-page-reads-zeros", OWNER, "rmemd.store.controller",
+        "        key_zero = (stored == Stored.KEY_ZERO) & (keys == key_id)\n"
+        "        done = []\n",
+        "        key_zero = (stored != Stored.RAW_ZERO) & (keys == key_id)\n"
+        "        done = []\n",
+        "pages_move_with_their_bytes", "I10",
+    ),
+    Mutant(
+        "moved-page-has-no-new-owner", OWNER, "rmemd.engine.migrate",
+        "    tx.put(host.owner, dst, file.info.file)\n", "",
+        "pages_move_with_their_bytes", "I10",
+    ),
+    # --- nodes -------------------------------------------------------------------------------
+    Mutant(
+        "policy-is-not-asked", NODE, "rmemd.engine.frames",
+        "            groups.append((mask, policy.nodes))\n",
+        "            groups.append((mask, every))\n",
+        "pages_lie_where_their_policy_says", "I22",
+    ),
+    # --- steps -------------------------------------------------------------------------------
+    Mutant(
+        "hook-outside-of-a-step", STEP, "rmemd.engine.convert",
+        "        carry = partial(_carry, core, file, changing, pfns, private, content, key)\n",
+        "        def carry() -> list[Contents]:\n"
+        "            _ask(core, tx, vm, file, changing, pfns, private)\n"
+        "            return _carry(core, file, changing, pfns, private, content, key)\n",
+        "hooks_and_bytes_keep_to_their_steps", "I25",
+    ),
+    Mutant(
+        "many-bytes-under-the-lock", STEP, "rmemd.engine.driver",
+        "        if sum(op.pfns.size for op in tx.byte_ops) > self.options.inline_pages:\n"
+        "            return False\n",
+        "",
+        "hooks_and_bytes_keep_to_their_steps", "I25",
+    ),
+    Mutant(
+        "overdue-hook-goes-on", STEP, "rmemd.engine.core",
+        "            self._freeze_overdue(tx)\n", "",
+        "an_overdue_hook_freezes_its_vm", "I25",
+    ),
+    # --- the same seed, and the specification ------------------------------------------------
+    Mutant(
+        "keys-are-not-of-the-seed", SEED, "rmemd.store.keys",
+        'struct.pack("<qq", seed, key_id)',
+        'struct.pack("<qq", __import__("time").monotonic_ns(), key_id)',
+        "tests/integration/test_journal.py::"
+        "test_the_same_requests_give_the_same_frames_keys_and_revisions",
+    ),
+    Mutant(
+        "fault-rules-are-not-of-the-seed", SEED, "rmemd.engine.faultrules",
+        "        self._seed = seed\n", "        self._seed = id(self)\n",
+        "tests/unit/test_faultrules.py::test_chance_is_drawn_from_seed_rule_and_passage_alone",
+    ),
+    Mutant(
+        "full-node-is-not-passed-over", SPEC, "rmemd.engine.frames",
+        "(node, *(other for other in every if other != node))", "(node,)",
+        f"{MENDED}[interleaving passes over a node that is full]",
+    ),
+    Mutant(
+        "conversion-asks-of-what-changes-only", SPEC, "rmemd.engine.convert",
+        "_require_unreferenced(core, file, vm, present)",
+        "_require_unreferenced(core, file, vm, changing)",
+        f"{MENDED}[conversion in place checks every folio of its range]",
+    ),
+    Mutant(
+        "one-half-s-removal-takes-the-other-s-leaf", SPEC, "rmemd.engine.bracket",
+        "zapped = None if file.info.in_place else private\n", "zapped = None\n",
+        f"{MENDED}[a punch leaves the leaf of the shared half]",
+    ),
+    Mutant(
+        "no-frame-for-one-is-none-for-all", SPEC, "rmemd.engine.memory",
+        "            if n == 1 or refusal.reason.kind is not Kind.EXHAUSTED:\n"
+        "                raise refusal.with_details(progress_pages=done) from refusal\n",
+        "            if n:\n"
+        "                raise refusal.with_details(progress_pages=done) from refusal\n",
+        f"{MENDED}[an allocation that runs out keeps its prefix]",
+    ),
 )  # fmt: skip
 
-MUTANTS = {mutant.name: mutant for mutant in _TABLE}
-assert len(MUTANTS) == len(_TABLE), "two mutants have one name"
+MUTANTS = {mutant.name: mutant for mutant in (*_TABLE, *LASTING)}
+assert len(MUTANTS) == len(_TABLE) + len(LASTING), "two mutants have one name"

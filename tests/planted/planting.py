@@ -38,6 +38,7 @@ class Mutant:
         driver: a scenario's name, or a test's id, that runs into it.
         check: what must find it: "I3" (an invariant of ``rmemd.engine.invariants.check``), or ""
             for the driver's own claims.
+        also: further texts of the module, each there once, and what replaces them.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Mutant:
     new: str
     driver: str
     check: str = ""
+    also: tuple[tuple[str, str], ...] = ()
 
     @property
     def killer(self) -> str:
@@ -65,10 +67,14 @@ def rewrite(mutant: Mutant, source: str) -> str:
     Raises:
         NotPlanted: its text is not there exactly once, or nothing would change.
     """
-    found = source.count(mutant.old)
-    if found != 1 or mutant.old == mutant.new:
-        raise NotPlanted(f"{mutant.name}: its text is in {mutant.module} {found} times, not once")
-    return source.replace(mutant.old, mutant.new)
+    for old, new in ((mutant.old, mutant.new), *mutant.also):
+        found = source.count(old)
+        if found != 1 or old == new:
+            raise NotPlanted(
+                f"{mutant.name}: its text is in {mutant.module} {found} times, not once"
+            )
+        source = source.replace(old, new)
+    return source
 
 
 def source_of(module: str) -> Path:

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from planted.catalogue import MUTANTS, ROWS
+from planted.catalogue import MUTANTS
 from planted.planting import MUTANT, NOTE, Mutant
+from planted.rows import ROWS
 from planted.trial import CRASHED, FOUND, PASSED
 
 HERE = Path(__file__).parent
@@ -103,7 +104,11 @@ def main() -> int:
     if not sys.argv[1:] and missing:
         print(f"no mutant of: {', '.join(missing)}")
         sound = False
-    print(f"\n{killed_count} of {len(chosen)} killed")
+    classes = len({mutant.row for mutant in chosen})
+    print(
+        f"\n{len(chosen)} planted, {killed_count} killed, each by its named check, "
+        f"{classes} classes"
+    )
     return 0 if sound and killed_count == len(chosen) else 1
 
 

@@ -29,8 +29,8 @@ from rmemd.engine.migrate import Outcome
 from rmemd.engine.quotas import Limits
 from rmemd.errors import RmemError
 from rmemd.hooks import Agent
+from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import same_state
-from rmemd.hooks.tx import HookTx
 from rmemd.model.host import ARENA, Use
 from rmemd.model.sessions import DEVICE, GUEST, HOST, GrantRange, Owner
 from rmemd.model.vms import GUEST_MEMFD

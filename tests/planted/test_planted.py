@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from planted.catalogue import MUTANTS, ROWS
+from planted.catalogue import MUTANTS
 from planted.planting import Mutant, NotPlanted, rewrite, source_of
+from planted.rows import ROWS
 from planted.run import AT_ONCE, is_killed
-from planted.scenarios import SCENARIOS
+from planted.watched_scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = random.Random(4).sample(sorted(m.name for m in MUTANTS.values() if not m.is_by_test), 6)

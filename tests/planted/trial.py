@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def try_scenario(driver: str, check: str) -> tuple[str, str]:
     """Run a scenario; "found" only if what it found carries the check's name."""
-    from planted.scenarios import SCENARIOS, Violated
+    from planted.watched_scenarios import SCENARIOS, Violated
 
     wanted = check or driver
     try:
@@ -43,7 +43,7 @@ class _Reports:
         if self.outcome == FOUND:
             return
         if when == "call":
-            self.outcome = FOUND if failed else PASSED
+            self.outcome, self.text = (FOUND, "") if failed else (PASSED, "")
         elif failed and self.outcome != FOUND:
             self.outcome = CRASHED
         if failed:

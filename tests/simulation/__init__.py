@@ -1,1 +1,1 @@
-"""A simulation of the whole engine in one thread, in which all that could go wrong does, by a seed."""
+"""The whole engine in one thread, where whatever can go wrong does, as a seed has it."""

@@ -106,7 +106,9 @@ _RANGES = {"page": PAGES, "flag": 2, "nth": 6, "value": 100, "pfn": 1024}
 
 
 @cache
-def _weighted(hostile: bool, crashes: bool) -> tuple[list[float], list[tuple[str, tuple[str, ...]]]]:
+def _weighted(
+    hostile: bool, crashes: bool
+) -> tuple[list[float], list[tuple[str, tuple[str, ...]]]]:
     rows = [*_TABLE, *(_FAULTS if hostile else ()), *((_CRASH,) if crashes else ())]
     return [row[0] for row in rows], [row[1:] for row in rows]
 

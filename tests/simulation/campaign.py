@@ -17,8 +17,8 @@ from hashlib import blake2b
 from itertools import count
 from multiprocessing import get_context
 
-from .actions import make_run
-from .runs import LENGTH, Played, explain, play
+from .figures import Played
+from .runs import LENGTH, explain, run_of
 
 PROCESSES = 2
 # of so many runs, one is played again
@@ -44,12 +44,16 @@ class Sum:
     verified: int
     traces: dict[int, str]
     failures: dict[int, str]
+    compared: int = 0
+    differences: int = 0
 
     def add(self, seed: int, played: Played) -> None:
         """Count a run."""
         self.steps += played.figures.steps
         self.faults.update(played.figures.faults)
         self.verified += played.figures.verified
+        self.compared += played.figures.compared
+        self.differences += played.figures.differences
         self.traces[seed] = played.figures.trace
         if played.failure:
             self.failures[seed] = played.failure
@@ -67,7 +71,8 @@ class Sum:
 
 def run_seed(seed: int, length: int = LENGTH) -> Played:
     """Play the run of a seed."""
-    return play(seed, make_run(seed, length))
+    plays, actions = run_of(seed, length)
+    return plays(seed, actions)
 
 
 def run_until(goal: Goal, first_seed: int = 0) -> Sum:
@@ -105,15 +110,18 @@ def replay(done: Sum) -> list[int]:
 def tell(goal: Goal, done: Sum, otherwise: list[int]) -> int:
     """Print what it came to; return the exit status."""
     for seed in sorted(done.failures):
-        print(f"FAILED: {explain(seed, LENGTH) or done.failures[seed]}\n", flush=True)
+        print(f"FAILED: seed {seed}: {done.failures[seed]}; now shortening it", flush=True)
+        print(explain(seed, LENGTH), flush=True)
     for seed in otherwise:
         print(f"FAILED: seed {seed} went otherwise when it was played again")
     kinds = ", ".join(f"{kind} {n}" for kind, n in sorted(done.faults.items()))
     same = "identical on replay" if not otherwise else "NOT identical on replay"
     print(f"faults: {kinds}; guests read {done.verified} pages back")
     print(
-        f"{done.steps} steps, {done.faults.total()} faults, {len(done.traces)} seeds: "
-        f"{len(done.failures)} violations, trace hash {done.digest()} {same}"
+        f"{done.steps} steps, {done.faults.total()} faults, {len(done.traces)} seeds, "
+        f"{done.compared} operations compared with the oracle: "
+        f"{len(done.failures) - done.differences} violations, {done.differences} differences, "
+        f"trace hash {done.digest()}, {same}"
     )
     return int(bool(done.failures or otherwise) or not done.reaches(goal))
 

@@ -45,8 +45,7 @@ MATRIX: tuple[Row, ...] = (
             REOPEN + "test_a_descriptor_of_nothing_is_let_go",
             DEATHS + "test_a_killed_daemon_is_back_with_all_it_had",
             KEEPER + "test_a_deposit_that_was_sent_survives_at_once",
-            "simulation/test_simulation.py::"
-            "test_whatever_goes_wrong_when_all_that_must_be_true_is",
+            "simulation/test_simulation.py::test_whatever_goes_wrong_when_all_that_must_be_true_is",
         ),
     ),
     Row(

@@ -31,7 +31,12 @@ from .faults import MISDEEDS, SHORT, Clock, FaultyConsumers, FaultySystem
 TENANT = "uid:1"
 # more places than any operation here has
 PLACES = 40
-KINDS = (("sw-protected", True), ("sw-protected", False), ("tdx-relocate", False), ("snp-move", False))
+KINDS = (
+    ("sw-protected", True),
+    ("sw-protected", False),
+    ("tdx-relocate", False),
+    ("snp-move", False),
+)
 
 
 class Bench:
@@ -119,7 +124,7 @@ def _refusal(call: Callable[[], Any]) -> Exception | None:
 
 # --- the system --------------------------------------------------------------------------------
 def each_system_call_fails() -> None:
-    """ENOSPC, ENOMEM, EINTR, a short count at the Nth call: refused or done, and nothing between."""
+    """ENOSPC, ENOMEM, EINTR, a short count at the Nth call: refused or done, nothing between."""
 
     def after(bench: Bench, error: Exception | None, before: dict[str, Any]) -> None:
         bench.core.run(bench.core.scrub)
@@ -191,7 +196,7 @@ def a_consumer_is_overdue() -> None:
 
 
 def a_consumer_lies_about_a_move() -> None:
-    """It agrees to migrate_folio and moves nothing: whoever watches sees that the digests differ."""
+    """It agrees to migrate_folio and moves nothing: who watches sees that the digests differ."""
     with _bench(("tdx-relocate", False)) as bench:
         consumer = bench.core.consumers[bench.guest.vm]
         consumer.ops = replace(consumer.ops, migrate_folio=lambda tx, gfns, src, dst: None)
@@ -208,7 +213,12 @@ def a_client_dies_in_each_step() -> None:
             with _bench() as bench:
                 bench.core.hold = lambda step: None
                 pin = bench.engine.pin(
-                    bench.guest.file, 5 * PAGE_SIZE, PAGE_SIZE, "DMA", "x", Owner(TENANT, bench.session)
+                    bench.guest.file,
+                    5 * PAGE_SIZE,
+                    PAGE_SIZE,
+                    "DMA",
+                    "x",
+                    Owner(TENANT, bench.session),
                 )
                 steps = Stepwise(bench.engine)
                 task = steps.start(bench.operations()[name])
@@ -216,7 +226,7 @@ def a_client_dies_in_each_step() -> None:
                 for _ in range(stands):
                     over = over or not steps.advance(task)
                 task.cancel()
-                closing = steps.start(lambda e: e.close_session(bench.session))  # noqa: B023
+                closing = steps.start(lambda e: e.close_session(bench.session))
                 steps.finish()
                 closing.value()
                 assert bench.session not in {one.session for one in bench.core.sessions.all()}
@@ -265,7 +275,7 @@ def _poison_around(bench: Bench, when: str, which: int) -> None:
     moved = [move for move in task.value().moves if move.outcome is Outcome.MOVED]
     assert all(hit not in move.dst.tolist() or when == "during" for move in moved)
     assert bench.core.host.use.at(hit) == Use.POISONED or bench.core.host.owner.at(hit)
-    told = [e for e in bench.core.journal.events_after(0) if e.kind == "frame_poisoned"]
+    told = [e for e in bench.core.journal.events_after(0) if e.kind == "poisoned"]
     assert len(told) == 1
     bench.require_sound()
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from simulation.explore import GFN, PUNCH, SMALL, Explorer, Scope, StateError, run
 
 from rmemd.engine import migrate
 from rmemd.hooks.tables import same_state
 from rmemd.units import PAGE_SIZE
+from simulation.explore import GFN, PUNCH, SMALL, Explorer, Scope, StateError, run
 
 
 @pytest.mark.parametrize("scope", SMALL, ids=lambda scope: scope.consumer)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
 from simulation.matrix import MATRIX, Row
 
 TESTS = Path(__file__).parent.parent

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,33 +21,29 @@ from rmemd.engine import faultpoints
 from rmemd.engine.core import Core, Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.fault import LOST_RACE
-from rmemd.engine.invariants import PARTS, check
 from rmemd.engine.stepwise import DeadlockError, Stepwise, Task
 from rmemd.errors import PluginFault, RmemError
-from rmemd.hooks.tables import Space, same_state
+from rmemd.hooks.tables import same_state
 from rmemd.model.host import Use
-from rmemd.store.codec import Record, decode
-from rmemd.store.log import Log
 
 from .actions import Action, Shape
+from .checks import Accesses, Checks, watching
 from .clients import Clients, Script
 from .content import Contents
 from .faults import FAILURES, MISDEEDS, Clock, FaultyConsumers, FaultySystem
+from .figures import Figures, Trace, read_log
 
 # what is under way at once; more wait to be started
 SCRIPTS_MAX = 6
 POISON_MAX = 12
 KEPT_RECORDS = 256
-# every so many checks are of everything: also I24's sample of bytes and, where transactions are
-# watched, I19's second state; the others are of all that the state alone can break
-SAMPLED = 16
 # refusals that rules make vendors utter
 ERRORS = ("PLUGIN_RAISED", "VENDOR_BUSY", "NO_FRAMES", "FOLIO_BUSY")
 # of these, a call that was refused changed nothing
-ALL = frozenset(
-    "unpin pin get_pages put_pages finalize revoke open_session open_device "
-    "set_policy register_pager unregister_pager".split()
-)
+ALL = frozenset((
+    "unpin", "pin", "get_pages", "put_pages", "finalize", "revoke", "open_session", "open_device",
+    "set_policy", "register_pager", "unregister_pager",
+))  # fmt: skip
 
 
 class ViolationError(AssertionError):
@@ -77,23 +72,6 @@ class Running:
     crashed: bool = False
 
 
-@dataclass
-class Figures:
-    """What a run came to.
-
-    Attributes:
-        steps: steps of operations, each of which was checked.
-        faults: what went wrong because somebody had it go wrong, by kind.
-        ended: calls that ended, by action and "ok" or the refusal.
-    """
-
-    steps: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    ended: Counter[tuple[str, str]] = field(default_factory=Counter)
-    verified: int = 0
-    trace: str = ""
-
-
 class World:
     """See the module."""
 
@@ -105,6 +83,8 @@ class World:
             nframes=shape.nframes, nnodes=shape.nnodes, seed=seed, kept_records=KEPT_RECORDS,
             system=self.system, journalled=shape.crashes, life=str(seed),
         )  # fmt: skip
+        self._accesses, self._open = Accesses(), ExitStack()
+        self._open.enter_context(watching(self._accesses))
         self._power_on({})
         self.clients = Clients(self)
         self.contents = Contents()
@@ -121,9 +101,8 @@ class World:
         ]  # fmt: skip
         self.points = [*INJECTABLE, LOST_RACE, *faultpoints.STEPS]
         self.points += sorted({p for o in offers.values() for p in o.variant.points})
-        self._trace = blake2b(digest_size=16)
-        self._chain = blake2b(digest_size=8)
-        self._seen = self._checks = self._calls = 0
+        self.trace = Trace()
+        self._calls = 0
         self._checked = -1
         self._starting: Running | None = None
         if shape.spare:
@@ -135,6 +114,7 @@ class World:
         with self.system.unwatched():
             self.engine = Engine(self._options, Guard(self.clock), self.kept)
         self.steps = Stepwise(self.engine)
+        self.checks = Checks(self.core, self._accesses)
         self.core.registry.made = self.faulty.watch
         for consumer in self.core.consumers.values():
             self.faulty.watch(consumer)
@@ -165,6 +145,7 @@ class World:
         self.steps.abandon()
         self.engine.close()
         self.kept.close()
+        self._open.close()
 
     # --- actions -------------------------------------------------------------------------------
     def act(self, action: Action) -> None:
@@ -194,7 +175,7 @@ class World:
         self.figures.faults["system"] = self.system.struck
         self.figures.faults["consumer"] = self.faulty.struck
         self._note(f"end {self.core.journal.revision}")
-        self.figures.trace = self._trace.hexdigest()
+        self.figures.trace = self.trace.hexdigest()
 
     def violated(self, what: str) -> None:
         """Say that something is not as it must be.
@@ -370,7 +351,7 @@ class World:
         old, kept = self.engine, self.kept
         with self.system.unwatched():
             found = kept.copied()
-            differing = same_state(old.core.space.snapshot(), _read(found).snapshot())
+            differing = same_state(old.core.space.snapshot(), read_log(found).snapshot())
             if differing:
                 self.violated(f"I19: in the log {differing} are not what they were")
             old.close()
@@ -397,7 +378,7 @@ class World:
         task = one.task
         assert task is not None
         revision = self.core.journal.revision
-        self._digest(revision)
+        self.trace.take_down(self.core.journal)
         for record in list(self.core.journal.records)[-(revision - before) :] * (revision > before):
             one.revisions += record.label not in ("scrub", "leave")
         if revision != self._checked or task.over:
@@ -408,7 +389,7 @@ class World:
             self.violated(f"{len(self.core.space.holders)} held, {suspended} suspended")
         self._note(
             f"{one.name} {task.label} {task.step and task.step.name} "
-            f"{type(task.error).__name__} {revision} {self._chain.hexdigest()}"
+            f"{type(task.error).__name__} {revision} {self.trace.state}"
         )
 
     def checked(self, engine: Engine) -> None:
@@ -419,29 +400,13 @@ class World:
             self.violated("; ".join(found.violated))
 
     def _require_sound(self, where: str) -> None:
-        self._checks += 1
         with self.system.unwatched():
-            if self._checks % SAMPLED:
-                broken = [line for part in PARTS for line in part(self.core)]
-            else:
-                broken = check(self.core)
+            broken = self.checks.broken()
         if broken:
             self.violated(f"{where}: {'; '.join(broken)}")
 
-    def _digest(self, revision: int) -> None:
-        """Carry a digest of the state along: what was written since, in the order in which it was."""
-        fresh = revision - self._seen
-        self._seen = revision
-        for record in list(self.core.journal.records)[-fresh:] if fresh else ():
-            self._chain.update(record.label.encode())
-            for write in record.writes:
-                self._chain.update(f"{write.table} {write.op}".encode())
-                for arg in write.args:
-                    is_array = isinstance(arg, np.ndarray)
-                    self._chain.update(arg.tobytes() if is_array else repr(arg).encode())
-
     def _note(self, text: str) -> None:
-        self._trace.update(text.encode())
+        self.trace.note(text)
 
     # --- ends ------------------------------------------------------------------------------------
     def _drain(self) -> None:
@@ -468,7 +433,10 @@ class World:
     def _require_quiet(self) -> None:
         """With nothing under way, nothing is held, waited for, in progress or in limbo."""
         core = self.core
+        with self.system.unwatched():
+            strays, missing = core.controller.strays()
         left = {
+            "left in the arena": strays.tolist(), "gone from the arena": missing.tolist(),
             "held": core.space.holders, "running vCPUs": core.running,
             "vCPUs told to leave": core.leaving, "waiting faults": core.pending_faults.waiting,
             "waits": [e for e in core.waits.graph(core.ledger).edges if e.waiting],
@@ -506,15 +474,3 @@ class World:
         left = np.flatnonzero(np.isin(host.use.view, (Use.PRIVATE, Use.SHARED)))
         if left.size and not self.shape.hostile:
             self.violated(f"everything is gone, and pfn {left.tolist()[:9]} are in use")
-
-
-def _read(found: dict[str, int]) -> Space:
-    """Return the state that a log describes."""
-    space = Space()
-    log = Log.read((found["journal.0"], found["journal.1"]))
-    assert log is not None
-    for frame in log.frames:
-        for entry in decode(frame):
-            for write in entry.writes if isinstance(entry, Record) else ():
-                space.apply(write)
-    return space

@@ -151,6 +151,14 @@ def test_a_token_is_good_at_its_door_for_its_tenant(access: Access) -> None:
         access.caller(UNIX, "", token)
 
 
+def test_a_token_takes_up_its_own_session(access: Access) -> None:
+    (mine, token), (other, _) = (access.open(MINE, HOST, SOCKET) for _ in range(2))
+    assert access.resume(mine.session, token) == mine
+    for session, wrong in ((other.session, token), (mine.session, "x"), (99, token)):
+        with pytest.raises(RmemError, match="TOKEN_UNKNOWN"):
+            access.resume(session, wrong)
+
+
 def test_without_a_token(access: Access) -> None:
     assert access.caller(UNIX, "") == Caller(MINE, ADMIN, door=UNIX)
     assert access.caller(TCP, "spiffe://a/b").role == HOST

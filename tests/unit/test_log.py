@@ -181,6 +181,32 @@ def test_a_reopened_log_drops_a_checkpoint_that_was_under_way(make_fds: Callable
     assert frames(Log.read(log.fds)) == [b"state 1", b"state 2", b"two"]
 
 
+def test_between_any_two_calls_of_a_checkpoint_one_generation_is_whole(
+    make_fds: Callable[..., Fds], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill can come there: what is read is all of the older one, or all of the newer."""
+    log = begun(make_fds())
+    log.append(b"one")
+    old, new = frames(Log.read(log.fds)), [b"state", b"more state"]
+    looks: list[list[bytes]] = []
+
+    def looking(call: Callable[..., Any]) -> Callable[..., Any]:
+        def looked(*args: Any) -> Any:
+            looks.append(frames(Log.read(log.fds)))
+            done = call(*args)
+            looks.append(frames(Log.read(log.fds)))
+            return done
+
+        return looked
+
+    for name in ("pwritev", "pwrite", "ftruncate"):
+        monkeypatch.setattr(os, name, looking(getattr(os, name)))
+    checkpointed(log, {}, new)
+    assert len(looks) >= 2 * (len(new) + 2)
+    turned = looks.index(new)
+    assert looks == [old] * turned + [new] * (len(looks) - turned)
+
+
 # --- cuts and damage -----------------------------------------------------------------------------
 def boundaries(log: Log, payloads: list[bytes]) -> list[int]:
     """Append payloads; the sizes after the checkpoint and after each of them."""

@@ -19,8 +19,8 @@ from rmemd.hooks import (
     export_tables,
     import_tables,
 )
+from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.state import capture, entries_of, is_plain, is_sound, own_name, same_table
-from rmemd.hooks.tx import HookTx
 from rmemd.units import pages
 
 

@@ -540,7 +540,7 @@ def test_the_variants_differ_in_pin_and_migrate_folio_and_in_nothing_else() -> N
     assert today["pin"]
     assert gmem["migrate_folio"]
     null = {op for op, there in today.items() if not there} - {"migrate_folio"}
-    assert null == {"prepare", "populate", "finalize"}
+    assert null == {"prepare", "populate", "finalize", "resume"}
 
 
 def test_both_convert_in_place_and_have_private_memory() -> None:

@@ -264,7 +264,7 @@ def test_variants_differ_in_migrate_folio_only(host):
     assert not disabled["migrate_folio"]
     del move["migrate_folio"], disabled["migrate_folio"]
     assert move == disabled
-    assert {op for op, present in move.items() if not present} == {"pin", "unpin"}
+    assert {op for op, present in move.items() if not present} == {"pin", "unpin", "resume"}
 
 
 @pytest.mark.parametrize(

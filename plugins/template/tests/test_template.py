@@ -18,7 +18,7 @@ from rmemd.testing.conformance import check_consumer
 PLUGIN = Path(__file__).parents[1]
 ROOT = PLUGIN.parents[1]
 NULL = frozenset(
-    ("pin", "unpin", "populate", "finalize", "enter", "leave", "guest_call")
+    ("pin", "unpin", "populate", "finalize", "enter", "leave", "guest_call", "resume")
 )  # fmt: skip
 LINES_MAX = 200
 
