@@ -137,7 +137,6 @@ class CrashClient:
             Session.open(self._socket_dir, deadline_s=DEADLINE_S) as session,
             session.client(deadline_s=DEADLINE_S) as client,
         ):
-            client.wait_ready(DEADLINE_S)
             require("session", client.sessions.whoami().session, session.number)
 
     # --- what is told ------------------------------------------------------------------------
