@@ -41,8 +41,10 @@ TURNS_MAX = 500
 # operations that leave the state as it was when they are refused
 ALL = frozenset((
     "pin", "unpin", "get_pages", "put_pages", "finalize", "open_session", "set_policy", "register",
-    "unregister", "create_file", "add_slot",
+    "unregister", "create_file", "add_slot", "set_attributes", "swap", "delete_slot",
 ))  # fmt: skip
+# of these, after a refusal by a hook; the system may refuse when they are decided already
+BY_HOOKS = frozenset(("convert_file",))
 ERRNOS = (ENOMEM, ENOSPC, EIO)
 REASONS = ("PLUGIN_RAISED", "VENDOR_BUSY", "NO_FRAMES")
 # of operations, so many are followed by a crash, and so many have a fault before them
@@ -58,7 +60,7 @@ def make_run(seed: int, length: int = LENGTH) -> list[Op]:
     """Return the operations of a seed, with crashes and faults between them."""
     rng, made = random.Random(f"lockstep {seed}"), list[Op]()
     for op in oracle_runs.make_run(seed // EVERY, length):
-        if op[0] in ALL and rng.random() < FAULTS:
+        if op[0] in ALL | BY_HOOKS and rng.random() < FAULTS:
             made.append(("fault", rng.randrange(4), rng.randrange(1 << 16)))
         made.append(op)
         if rng.random() < CRASHES:
@@ -173,23 +175,26 @@ class Lockstep(World):
 
     # --- operations ----------------------------------------------------------------------------
     def _do(self, *op: Any) -> Outcome:
-        outcome = self._do_faulty(*op) if self._armed and op[0] in ALL else super()._do(*op)
+        faulty = self._armed and op[0] in ALL | BY_HOOKS
+        outcome = self._do_faulty(*op) if faulty else super()._do(*op)
         self._trace.take_down(self.engine.core.journal)
         said = outcome.reason or outcome.value
         self._trace.note(f"{op[0]} {said} {self.figures.steps} {self._trace.state}")
         return outcome
 
     def _do_faulty(self, *op: Any) -> Outcome:
-        """Do an operation with a fault before it: if it strikes and refuses, nothing has changed."""
+        """Do an operation with a fault before it; refused for it, it has changed nothing."""
         before, struck = self.oracle.copy(), self.struck.total()
         expected = self.oracle.apply(op)
-        self._arm(*self._armed)
+        self._arm(*self._armed, by_hooks=op[0] in BY_HOOKS)
         try:
             outcome = perform(self.engine, op)
         except OSError as error:
             outcome = Outcome(None, error.errno or EIO, "SYSTEM", text=str(error))
         finally:
             self._disarm()
+        # bytes that the system would not destroy are destroyed by whoever comes next
+        self.engine.core.run(self.engine.core.scrub)
         self.done += 1
         if outcome.errno and self.struck.total() > struck:
             self.oracle, self.spec = before, before.spec
@@ -198,14 +203,14 @@ class Lockstep(World):
         self._require(self.oracle.compare(self.engine, contents=True))
         return outcome
 
-    def _arm(self, nth: int, kind: int) -> None:
+    def _arm(self, nth: int, kind: int, by_hooks: bool) -> None:
         self._before, self._rules = self.system.struck, []
-        if kind % 2:
-            self.system.fail(nth + 1, ERRNOS[kind % len(ERRNOS)])
+        if kind % 2 and not by_hooks:
+            self.system.fail(nth // 2 + 1, ERRNOS[kind % len(ERRNOS)])
             return
         # every hook in turn may be the one that is asked
         self._rules = [
-            self.engine.add_fault_rule(0, point, REASONS[kind % len(REASONS)], 1, 1)
+            self.engine.add_fault_rule(0, point, REASONS[kind % len(REASONS)], 1, 1).rule
             for point in INJECTABLE
         ]
 
