@@ -345,17 +345,20 @@ def discard(
     core: Core, number: int, start: int, npages: int, private: bool, done: Converted
 ) -> Steps[None]:
     """Destroy, after the record, the copy of the bytes in the half that no longer counts."""
-    if not done.content:
+    if not done.content or not core.files.exists(number):
         return
     file = core.files.get(number)
     present = file.frames.touched(start, npages)
+    # it may have been put off, and some of it been converted back
+    present = present[file.attributes.get(present) == int(private)]
     with in_progress(core, file, start, npages):
         if private:
             punch = partial(core.shared_memory(file).punch, present)
             yield Step("convert: discard", work=punch, vm=file.info.vm)
             return
         pfns = np.asarray(file.frames.get(present), dtype=np.int64) - 1
-        dirty = pfns[(core.host.flags.get(pfns) & ARENA) != 0]
+        shared = core.host.stored.get(pfns) == Stored.SHARED
+        dirty = pfns[shared & ((core.host.flags.get(pfns) & ARENA) != 0)]
         punch = partial(core.controller.punch, dirty)
         yield Step("convert: discard", work=punch, vm=file.info.vm)
         with core.tx("convert: discard") as tx:

@@ -125,6 +125,7 @@ class Core(Driver):
         self.parts: list[Part] = []
         self.ranges = Ranges(self.waits, self.wake_waiting)
         self._scrub: list[I64] = []
+        self._put_off: list[Callable[[], Steps[None]]] = []
         self.scrubbed_frames = 0
         self._shared: dict[int, Memfd] = {}
         self.registry = Registry(self.space, guard, self)
@@ -241,11 +242,25 @@ class Core(Driver):
         if pfns.size:
             self._scrub.append(pfns)
 
+    def destroy(self, then: Callable[[], Steps[None]]) -> Steps[None]:
+        """Destroy bytes as a record says; if the system refuses, the next operation tries again.
+
+        What the record decided stands, so its caller is not refused on that account. ``then``
+        looks at the state anew each time.
+        """
+        try:
+            yield from then()
+        except OSError:
+            self._put_off.append(then)
+
     def scrub(self) -> Steps[None]:
         """Destroy the bytes of frames whose freeing is recorded, then give the frames back.
 
         If the system refuses, the next operation tries again; nobody gets the frames until then.
         """
+        put_off, self._put_off = self._put_off, []
+        for then in put_off:
+            yield from self.destroy(then)
         while self._scrub:
             pfns = self._scrub.pop()
             try:

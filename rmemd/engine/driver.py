@@ -111,6 +111,7 @@ class Driver:
     controller: MemoryController
     answered: Answered
     scrub: Callable[[], Steps[None]]
+    destroy: Callable[[Callable[[], Steps[None]]], Steps[None]]
 
     def __init__(self) -> None:
         self._lock = FairLock()
@@ -207,7 +208,7 @@ class Driver:
         if run is not None and self.journal.revision != before:
             self.calls.came_to(run, named(result), self.journal.revision)
         if then is not None:
-            yield from then()
+            yield from self.destroy(then)
         yield from self.scrub()
         return result
 

@@ -7,6 +7,7 @@ in place, or hand the status to the guest.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from rmemd.engine.convert import convert_by_guest, discard
 from rmemd.engine.core import Core
@@ -115,7 +116,9 @@ def _ask(
                 raise _Declined(answer) from busy
     if converted is not None:
         start = span.gfn - slot.gfn + slot.pgoff
-        yield from discard(core, slot.file, start, answer.done, answer.to_private, converted)
+        yield from core.destroy(
+            partial(discard, core, slot.file, start, answer.done, answer.to_private, converted)
+        )
     return answer
 
 

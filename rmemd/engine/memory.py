@@ -187,8 +187,12 @@ def punch(core: Core, number: int, start: int, npages: int) -> Steps[int]:
 
 
 def _discard(core: Core, number: int, start: int, npages: int) -> Steps[None]:
+    if not core.files.exists(number):
+        return
     file = core.files.get(number)
     there = core.shared_memory(file).present(start, npages)
+    # it may have been put off, and some of it be there again
+    there = there[file.frames.get(there) == 0]
     with core.ranges.in_progress("file", number, start, npages):
         punch = partial(core.shared_memory(file).punch, there)
         yield Step("punch: shared", work=punch, vm=file.info.vm)

@@ -42,9 +42,8 @@ TURNS_MAX = 500
 ALL = frozenset((
     "pin", "unpin", "get_pages", "put_pages", "finalize", "open_session", "set_policy", "register",
     "unregister", "create_file", "add_slot", "set_attributes", "swap", "delete_slot",
+    "convert_file",
 ))  # fmt: skip
-# of these, after a refusal by a hook; the system may refuse when they are decided already
-BY_HOOKS = frozenset(("convert_file",))
 ERRNOS = (ENOMEM, ENOSPC, EIO)
 REASONS = ("PLUGIN_RAISED", "VENDOR_BUSY", "NO_FRAMES")
 # of operations, so many are followed by a crash, and so many have a fault before them
@@ -60,7 +59,7 @@ def make_run(seed: int, length: int = LENGTH) -> list[Op]:
     """Return the operations of a seed, with crashes and faults between them."""
     rng, made = random.Random(f"lockstep {seed}"), list[Op]()
     for op in oracle_runs.make_run(seed // EVERY, length):
-        if op[0] in ALL | BY_HOOKS and rng.random() < FAULTS:
+        if op[0] in ALL and rng.random() < FAULTS:
             made.append(("fault", rng.randrange(4), rng.randrange(1 << 16)))
         made.append(op)
         if rng.random() < CRASHES:
@@ -175,7 +174,7 @@ class Lockstep(World):
 
     # --- operations ----------------------------------------------------------------------------
     def _do(self, *op: Any) -> Outcome:
-        faulty = self._armed and op[0] in ALL | BY_HOOKS
+        faulty = self._armed and op[0] in ALL
         outcome = self._do_faulty(*op) if faulty else super()._do(*op)
         self._trace.take_down(self.engine.core.journal)
         said = outcome.reason or outcome.value
@@ -186,7 +185,7 @@ class Lockstep(World):
         """Do an operation with a fault before it; refused for it, it has changed nothing."""
         before, struck = self.oracle.copy(), self.struck.total()
         expected = self.oracle.apply(op)
-        self._arm(*self._armed, by_hooks=op[0] in BY_HOOKS)
+        self._arm(*self._armed)
         try:
             outcome = perform(self.engine, op)
         except OSError as error:
@@ -203,9 +202,9 @@ class Lockstep(World):
         self._require(self.oracle.compare(self.engine, contents=True))
         return outcome
 
-    def _arm(self, nth: int, kind: int, by_hooks: bool) -> None:
+    def _arm(self, nth: int, kind: int) -> None:
         self._before, self._rules = self.system.struck, []
-        if kind % 2 and not by_hooks:
+        if kind % 2:
             self.system.fail(nth // 2 + 1, ERRNOS[kind % len(ERRNOS)])
             return
         # every hook in turn may be the one that is asked
