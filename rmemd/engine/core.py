@@ -174,6 +174,7 @@ class Core(Driver):
                 tx.release()
             else:
                 tx.rollback()
+            self._put_off += [partial(self._empty, pfns) for pfns in tx.written]
             raise
         if committed:
             if self.tracer is not None:
@@ -252,6 +253,19 @@ class Core(Driver):
             yield from then()
         except OSError:
             self._put_off.append(then)
+
+    def _empty(self, pfns: I64) -> Steps[None]:
+        """Destroy bytes of a transaction that was undone, in frames that nobody owns."""
+
+        def one() -> Steps[None]:
+            yield from ()
+            strays = pfns[(self.host.flags.get(pfns) & ARENA) == 0]
+            with self.tx("bytes of what was undone") as tx:
+                # whoever takes one of them at this moment is waited for
+                tx.put(self.host.use, strays, self.host.use.get(strays))
+                self.controller.punch(strays)
+
+        yield from self.unit(one)
 
     def scrub(self) -> Steps[None]:
         """Destroy the bytes of frames whose freeing is recorded, then give the frames back.

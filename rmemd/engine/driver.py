@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rmemd.engine.monitors import Monitors
 
 T = TypeVar("T")
+# the movements that put bytes into the arena
+MOVING = ("copy_in", "relocate")
 
 
 @dataclass
@@ -354,6 +356,7 @@ class Driver:
         """Do the byte work that a transaction has named and that is not done yet."""
         if self.watch is not None:
             self.watch.moving(tx)
+        tx.written += [op.pfns for op in tx.byte_ops if op.kind in MOVING]
         contents = self.controller.perform(tx.byte_ops)
         tx.byte_ops.clear()
         return contents

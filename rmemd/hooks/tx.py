@@ -81,6 +81,7 @@ class Tx:
         freed: frames whose bytes are to be destroyed once the record is written.
         events: what watchers are told on commit.
         in_place: (frames, sums of their bytes) of writes in place, which follow the record.
+        written: frames that nobody owns yet and that byte movements may have reached.
         reopening: whether a table that is there is handed back instead of made: the state was
             read from a journal.
     """
@@ -94,6 +95,7 @@ class Tx:
         self.freed: list[I64] = []
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.in_place: list[tuple[I64, U64]] = []
+        self.written: list[I64] = []
         self._undo: list[Write] = []
         self._again: list[Write] = []
         self._hooks: list[tuple[int, int, str]] = []
