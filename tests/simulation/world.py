@@ -24,6 +24,7 @@ from rmemd.engine.fault import LOST_RACE
 from rmemd.engine.stepwise import DeadlockError, Stepwise, Task
 from rmemd.errors import PluginFault, RmemError
 from rmemd.hooks.tables import same_state
+from rmemd.model.files import FLAG_ANONYMOUS
 from rmemd.model.host import Use
 
 from .actions import Action, Shape
@@ -459,11 +460,13 @@ class World:
 
     def _end_everything(self) -> None:
         """Without sessions and VMs, every frame is free that is not poisoned or offline."""
-        with suppress(RmemError):
-            for vm in [vm.info.vm for vm in self.core.vms.all()]:
+        for vm in [vm.info.vm for vm in self.core.vms.all()]:
+            # a vendor may refuse; then the VM stays, and nobody else on its account
+            with suppress(RmemError):
                 self.engine.destroy_vm(vm)
-        for file in [file.info.file for file in self.core.files.all()]:
-            self.engine.close_file(file)
+        for file in [file.info for file in self.core.files.all()]:
+            if not file.flags & FLAG_ANONYMOUS:
+                self.engine.close_file(file.file)
         for pin in [pin.pin for pin in self.core.sessions.pins()]:
             self.engine.unpin(pin)
         for session in [info.session for info in self.core.sessions.all() if not info.parent]:
