@@ -108,6 +108,8 @@ def _destroy(core: Core, number: int) -> Steps[list[int]]:
         if any(running == number for running, _ in core.running):
             raise VM_IN_USE(f"a vCPU of {vm.info.label} is running", state="running")
         with core.tx("destroy VM") as tx:
+            # a frozen VM's are still in the guest, and nobody will run them any more
+            core.kick(tx, number)
             slots = [slot for _, slot in vm.slots.items()]
             views = [View(vm, slot.gfn, slot.npages) for slot in slots]
             with invalidating(core, tx, views, Why.CLOSE):

@@ -179,8 +179,7 @@ _TABLE = (
     ),
     Mutant(
         "refusal-without-undo", LEAK, "rmemd.engine.core",
-        "            else:\n                tx.rollback()\n            raise\n",
-        "            raise\n",
+        "            else:\n                tx.rollback()\n", "",
         "a_refusal_changes_nothing",
     ),
     Mutant(
@@ -774,7 +773,8 @@ _TABLE = (
     ),
     Mutant(
         "fault-rules-are-not-of-the-seed", SEED, "rmemd.engine.faultrules",
-        "        self._seed = seed\n", "        self._seed = id(self)\n",
+        "        self._seed = seed\n",
+        "        self._seed = int.from_bytes(__import__('os').urandom(6), 'little')\n",
         "tests/unit/test_faultrules.py::test_chance_is_drawn_from_seed_rule_and_passage_alone",
     ),
     Mutant(
