@@ -261,9 +261,10 @@ class Core(Driver):
             yield from ()
             strays = pfns[(self.host.flags.get(pfns) & ARENA) == 0]
             with self.tx("bytes of what was undone") as tx:
-                # whoever takes one of them at this moment is waited for
+                # whoever takes one of them at this moment is waited for; nothing is recorded
                 tx.put(self.host.use, strays, self.host.use.get(strays))
                 self.controller.punch(strays)
+                tx.rollback()
 
         yield from self.unit(one)
 
