@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rmemd.daemon.kept import Kept
 
 EX_USAGE, EX_DATAERR, EX_CANTCREAT, EX_TEMPFAIL, EX_NOPERM, EX_CONFIG = 2, 65, 73, 75, 77, 78
+ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
 class Size(click.ParamType[int]):
@@ -221,11 +222,15 @@ def _on_signals(stop: Callable[[], None], wakeup_fd: int, repeats: bool) -> None
         if repeats:
             signal.signal(number, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
+        else:
+            # Python gives handlers up before its end, when a repetition may still be on its way
+            for ignored in ENDING:
+                signal.signal(ignored, signal.SIG_IGN)
         stop()
 
     # full of reloads that are still to be done: one more says nothing new
     signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, end)
     # the byte that the system puts into the pipe is all there is to do; it needs a handler to be
     signal.signal(signal.SIGHUP, lambda number, frame: None)
