@@ -44,9 +44,9 @@ $(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 demo: $(READY)
 	@$(BIN)/rmem-demo $(ARGS)
 
-# all checks, then all tests but the benchmarks: make test ARGS='-k migrate'
+# all checks, then all tests but the benchmarks, on every core: make test ARGS='-k migrate -n 0'
 test: check
-	@$(BIN)/python -m pytest -q --ignore=tests/bench $(ARGS)
+	@$(BIN)/python -m pytest -q --ignore=tests/bench -n auto --dist worksteal $(ARGS)
 
 # each tool says one word; `make -k check` goes on after a failure
 check: check-style check-types check-imports check-protos check-client

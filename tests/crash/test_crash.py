@@ -26,7 +26,7 @@ def figure(tmp_path_factory: pytest.TempPathFactory) -> Figure:
 
 
 def test_nothing_that_was_acknowledged_is_lost(figure: Figure) -> None:
-    print(figure)
+    print(figure, *figure.failures, sep="\n")
     assert figure.failures == []
     assert figure.holds
     assert figure.kills.total() >= KILLS

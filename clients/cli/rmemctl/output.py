@@ -214,7 +214,9 @@ def _left_out(part: Part) -> bool:
 
 
 def _needed_width(part: Part) -> int:
-    """Return the width below which a table would lose what its columns say."""
+    """Return the width below which a table would lose what its columns say, or a word be broken."""
+    if isinstance(part, str):
+        return max(map(len, part.split()), default=0)
     if not isinstance(part, Table):
         return 0
     widths = [

@@ -52,6 +52,8 @@ def rmemctl(
 ) -> Callable[..., Result]:
     monkeypatch.setenv("RMEMD_SOCKET_DIR", str(daemon.socket_dir))
     monkeypatch.setenv("COLUMNS", "100")
+    # it sets this by itself, for its own process
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
 
     def call(*args: str) -> Result:
         code = run(args)

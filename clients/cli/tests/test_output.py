@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Callable
 
 import pytest
 import world
 from fake_daemon import FakeDaemon
+
+from rmemctl.output import Output
 
 Ctl = Callable[..., object]
 
@@ -77,6 +80,16 @@ def test_tables_lose_nothing(rmemctl: Ctl, monkeypatch: pytest.MonkeyPatch, colu
         out = rmemctl(*args).out
         assert "…" not in out
     assert "0x1521-0x10000  234.9 MiB  free" in rmemctl("page", "map").out
+
+
+def test_no_word_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    Output("table", headers=True, stream=sys.stdout).show({}, "a" * 96, "b " * 30)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "a" * 96
+    assert [len(line) for line in lines[1:]] == [39, 19]
 
 
 def test_lines_end_where_their_text_does(rmemctl: Ctl) -> None:

@@ -49,8 +49,8 @@ class Connection:
         self.daemon = ""
         self.closed = threading.Event()
         self.channel = _open(address)
-        # whether anybody ever answered: if not, there is no connection to get back
-        self.met = False
+        # whether anybody ever answered, who gave the token: if not, there is nothing to get back
+        self.met = bool(token)
 
     def close(self) -> None:
         """Close the channel; calls under way are cancelled."""
@@ -82,7 +82,7 @@ class Connection:
         except grpc.RpcError as error:
             # all that gRPC knows is in the typed error; its own dump of it would only bury that
             if not self.can_return(error):
-                self.met = True
+                self.met = self.met or not is_lost(error)
                 raise self.error(error) from None
             reply = self._again(method, request, metadata, end)
         self.met = True

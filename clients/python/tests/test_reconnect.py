@@ -17,6 +17,8 @@ import pytest
 from fake_daemon import FakeDaemon, Refuse
 from relay import Relay
 
+import rmem_client.aio.connection
+import rmem_client.connection
 from rmem.v1 import host_pb2, types_pb2, vm_pb2, watch_pb2
 from rmem_client import (
     Client,
@@ -151,6 +153,41 @@ def test_without_any_daemon_a_call_fails_at_once(half: Half, socket_dir: Path) -
             deadline_s=HOUR_S,
             reconnect_s=HOUR_S,
         )
+
+
+def test_who_has_a_token_has_met_its_daemon(
+    half: Half, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.stop()
+    daemon.answers["GetHost"] = host_pb2.GetHostResponse(nframes=9)
+    for connection in (rmem_client.connection.Connection, rmem_client.aio.connection.Connection):
+        come_back = connection.come_back
+
+        def start_it(*args: Any, come_back: Any = come_back) -> Any:
+            monkeypatch.undo()
+            daemon.start()
+            return come_back(*args)
+
+        monkeypatch.setattr(connection, "come_back", start_it)
+    (reply,) = half.call(daemon.socket_dir, lambda client: client.host.get(), token="t")
+    assert reply.nframes == 9
+
+
+def test_who_met_nobody_has_still_met_nobody(half: Half, socket_dir: Path) -> None:
+    async def fail_async(client: Any) -> None:
+        for _ in range(2):
+            with pytest.raises(DaemonUnreachable):
+                await client.host.get()
+
+    def fail_twice(client: Any) -> Any:
+        if half.name == "aio":
+            return fail_async(client)
+        for _ in range(2):
+            with pytest.raises(DaemonUnreachable):
+                client.host.get()
+        return None
+
+    half.call(socket_dir, fail_twice, deadline_s=HOUR_S, reconnect_s=HOUR_S)
 
 
 def test_it_gives_up_when_its_time_is_over(half: Half, daemon: FakeDaemon) -> None:

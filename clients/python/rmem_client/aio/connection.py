@@ -82,7 +82,7 @@ class Connection:
         except grpc.RpcError as error:
             # all that gRPC knows is in the typed error; its own dump of it would only bury that
             if not self.can_return(error):
-                self.met = True
+                self.met = self.met or not is_lost(error)
                 raise self.error(error) from None
             reply = await self._again(method, request, metadata, end)
         self.met = True
