@@ -31,7 +31,7 @@ from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Held, Tx
 from rmemd.model.buddy import give
 from rmemd.model.files import Files, RestrictedFile
-from rmemd.model.host import ARENA, Host, Use
+from rmemd.model.host import ARENA, Host, Stored, Use
 from rmemd.model.ledger import Ledger
 from rmemd.model.sessions import Sessions
 from rmemd.model.userfaults import Userfaults
@@ -290,6 +290,8 @@ class Core(Driver):
         yield from ()
         with self.tx("scrub") as tx:
             tx.put(self.host.flags, pfns, self.host.flags.get(pfns) & ~ARENA)
+            # what the host wrote to them since they were freed is destroyed too
+            tx.put(self.host.stored, pfns, int(Stored.RAW_ZERO))
             bad = self.host.poisoned(pfns)
             tx.put(self.host.use, pfns[bad], int(Use.POISONED))
             give(self.host, tx, pfns[~bad])

@@ -44,6 +44,23 @@ def test_a_frame_that_the_system_would_not_destroy_is_tried_again() -> None:
     bench.close()
 
 
+def test_what_the_host_writes_to_a_frame_between_freeing_and_scrubbing_is_destroyed() -> None:
+    bench = Bench()
+    bench.core.hold = lambda step: None
+    steps = Stepwise(bench.engine)
+    task = steps.start(lambda e: e.fallocate(bench.guest.file, 3, 0, PAGE_SIZE))
+    while task.step is None or task.step.name != "scrub":
+        steps.advance(task)
+    (pfn,) = np.flatnonzero(bench.core.host.use.view == Use.SCRUBBING)
+    write = steps.start(lambda e: e.write_physical(int(pfn), b"x" * PAGE_SIZE, Agent.HOST_USER))
+    while not write.over:
+        steps.advance(write)
+    steps.finish()
+    assert bench.engine.read_physical(int(pfn), 1, Agent.HOST_USER) == bytes(PAGE_SIZE)
+    bench.require_sound()
+    bench.close()
+
+
 def test_a_frame_that_the_host_wrote_to_is_handed_back_as_it_was(engine: Engine) -> None:
     guest = Guest(engine, "sw-protected", npages=2, in_place=False)
     guest.convert(0, 2, private=False)
