@@ -15,6 +15,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # plugins/template is there to be copied, not to be installed: its test installs it for itself
 PROJECTS := $(filter-out plugins/template,$(patsubst %/pyproject.toml,%,$(sort $(wildcard protos/pyproject.toml plugins/*/pyproject.toml clients/*/pyproject.toml))))
 
+# compiled where that can be done, and never needed
+HELPER := $(addprefix native/,pyproject.toml setup.py build_helper.py helper.c)
+
 # run a command, print its output only when it fails
 define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
@@ -25,7 +28,7 @@ endef
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
 
-$(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml)
+$(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml) $(HELPER)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "rmemd needs Python 3.11 or newer as '$(PYTHON)'; name another one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
@@ -37,6 +40,10 @@ $(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 	@$(PIP) install -qq --require-hashes -r requirements.lock
 	@echo "setup: installing rmemd and $(words $(PROJECTS)) more of our distributions, editable"
 	@$(PIP) install -qq --no-deps --no-build-isolation -e . $(PROJECTS:%=-e ./%)
+	@mkdir -p build
+	@$(PIP) install -q --no-deps --no-build-isolation --force-reinstall ./native >build/helper.log 2>&1 || { \
+		$(PIP) uninstall -qq --yes rmemd-helper 2>/dev/null || true; \
+		echo "setup: the compiled helper does not build here, rmemd does without it (build/helper.log says why)"; }
 	@touch $@
 	@echo "setup: done"
 
@@ -44,9 +51,10 @@ $(READY): requirements.lock pyproject.toml $(PROJECTS:%=%/pyproject.toml)
 demo: $(READY)
 	@$(BIN)/rmem-demo $(ARGS)
 
-# all checks, then all tests but the benchmarks, on every core: make test ARGS='-k migrate -n 0'
+# all checks, all tests on every core, then whether a ratio is worse: make test ARGS='-k migrate -n 0'
 test: check
 	@$(BIN)/python -m pytest -q --ignore=tests/bench -n auto --dist worksteal $(ARGS)
+	@$(if $(ARGS),:,$(BIN)/python -m tests.bench.regressions)
 
 # each tool says one word; `make -k check` goes on after a failure
 check: check-style check-types check-imports check-protos check-client
@@ -69,9 +77,9 @@ check-protos: $(READY)
 check-client: $(READY)
 	$(call quietly,client,$(BIN)/python clients/python/unasync.py --check)
 
-# figures as ratios beside their floors, into build/bench.jsonl
+# figures as ratios beside floors and peers, into build/bench.jsonl: make bench ARGS='--only session'
 bench: $(READY)
-	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 # concurrent histories of a daemon by both doors, decided, with wrong replies planted: RMEMD_HISTORIES=10000
 linearizability: $(READY)
@@ -122,16 +130,18 @@ man: $(READY)
 	@rm -rf build/man
 	@$(BIN)/python docs/man.py build/man
 
-# requirements.in -> requirements.lock, with hashes and without a word on where the packages came from
+# each .in -> .lock, with hashes and without a word on where the packages came from
 lock:
 	@rm -rf build/lock && $(PYTHON) -m venv build/lock
 	@build/lock/bin/python -m pip --disable-pip-version-check install -qq uv
-	@echo "lock: resolving requirements.in"
-	@env -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS build/lock/bin/uv pip compile --quiet --no-config \
-		--universal --python-version 3.11 --generate-hashes --upgrade --no-header --no-annotate \
-		--no-emit-index-url --no-emit-find-links requirements.in --output-file requirements.lock
+	@for locked in requirements tests/bench/peers; do \
+		echo "lock: resolving $$locked.in"; \
+		env -u UV_INDEX_URL -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS build/lock/bin/uv pip compile --quiet --no-config \
+			--universal --python-version 3.11 --generate-hashes --upgrade --no-header --no-annotate \
+			--no-emit-index-url --no-emit-find-links $$locked.in --output-file $$locked.lock; \
+	done
 	@rm -rf build/lock
 
 clean:
-	rm -rf $(VENV) build dist protos/.deps .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
-	find rmemd plugins protos clients tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf $(VENV) build dist native/build protos/.deps .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find rmemd native plugins protos clients tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -87,13 +87,11 @@ class Memfd:
 
     def punch(self, numbers: I64) -> None:
         """Free pages: they read as zeros, for everybody, at once."""
-        for start, count in zip(*_runs(numbers), strict=True):
-            self._fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, start, count)
+        self._fallocate(FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, numbers)
 
     def allocate(self, numbers: I64) -> None:
         """Allocate pages that are holes; the others keep their bytes."""
-        for start, count in zip(*_runs(numbers), strict=True):
-            self._fallocate(FALLOC_FL_KEEP_SIZE, start, count)
+        self._fallocate(FALLOC_FL_KEEP_SIZE, numbers)
 
     def present(self, start: int, npages: int) -> I64:
         """Return the pages of a range that are not holes, ascending."""
@@ -125,12 +123,9 @@ class Memfd:
         """Close the descriptor; the bytes go with the last one."""
         os.close(self.fd)
 
-    def _fallocate(self, mode: int, start: int, count: int) -> None:
-        while True:
-            try:
-                return self._system.fallocate(self.fd, mode, start * PAGE_SIZE, count * PAGE_SIZE)
-            except InterruptedError:
-                continue
+    def _fallocate(self, mode: int, numbers: I64) -> None:
+        starts, counts = coalesce(numbers)
+        self._system.fallocate_each(self.fd, mode, starts * PAGE_SIZE, counts * PAGE_SIZE)
 
 
 def _runs(numbers: I64) -> tuple[list[int], list[int]]:

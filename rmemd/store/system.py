@@ -1,7 +1,8 @@
 """The system calls by which bytes reach memfds, as one object that can be exchanged.
 
 Owns ``System``: the real calls. A simulation hands in one whose Nth call fails, or does less than
-it was asked for, as the kernel's may; ``whole`` is what makes up for the latter.
+it was asked for, as the kernel's may; ``whole`` is what makes up for the latter. Lists of ranges go
+through the compiled helper where there is one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable
+
+from rmemd.store.helper import helper
+from rmemd.units import I64
 
 # of every memfd: whoever keeps it has it, and another user does not open it anew by /proc
 MODE = 0o600
@@ -43,8 +47,43 @@ class System:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
 
+    def fallocate_each(self, fd: int, mode: int, offsets: I64, lengths: I64) -> None:
+        """Allocate or punch ranges (bytes, int64, shape (n,)) in order, up to one that fails.
 
-SYSTEM = System()
+        EINTR is no failure: the range is begun again, after the signal's handler has run.
+        """
+        done = 0
+        while done < offsets.size:
+            more, number = self._fallocate_some(fd, mode, offsets[done:], lengths[done:])
+            done += more
+            if number not in (0, errno.EINTR):
+                raise OSError(number, os.strerror(number))
+
+    def _fallocate_some(self, fd: int, mode: int, offsets: I64, lengths: I64) -> tuple[int, int]:
+        """Return how many ranges were done, and the errno of the one that was not, else 0."""
+        for done, range_ in enumerate(zip(offsets.tolist(), lengths.tolist(), strict=True)):
+            try:
+                self.fallocate(fd, mode, *range_)
+            except OSError as error:
+                if error.errno is None:
+                    raise
+                return done, error.errno
+        return offsets.size, 0
+
+
+class WholeLists(System):
+    """The same calls, those of a list by the compiled helper where there is one.
+
+    A simulation has ``System`` as its base instead, which makes each call by itself.
+    """
+
+    def _fallocate_some(self, fd: int, mode: int, offsets: I64, lengths: I64) -> tuple[int, int]:
+        compiled = helper()
+        make = super()._fallocate_some if compiled is None else compiled.fallocate
+        return make(fd, mode, offsets, lengths)
+
+
+SYSTEM = WholeLists()
 
 
 def growing(name: str) -> int:

@@ -1,8 +1,13 @@
 """AES-XTS over many 4 KiB pages in one call, without a Python loop over pages.
 
 Owns the page cipher: one IEEE 1619 data unit per page, numbered by the page's pfn. An XTS context
-of ``cryptography`` takes one tweak, and making one per page costs far more than the AES itself, so
-XTS is composed here: ECB of ``cryptography`` does all the AES, numpy does all the tweaks.
+of ``cryptography`` takes one tweak, and making one per page costs far more than the AES itself. So
+one context is given a batch of pages as if they were one long data unit, and what its tweaks U lack
+of the pages' own T is xored in before and after: with the masks M = T ^ U,
+E(P ^ M ^ U) ^ U ^ M is E(P ^ T) ^ T. Multiplying by x is linear, so the masks of a page are powers
+of x from a beginning, as its tweaks are, and numpy makes them for all pages at once.
+
+The compiled helper, where it is installed, does the same page by page in C.
 
 Sources: IEEE Std 1619-2018, clause 5 (XTS-AES transform); NIST SP 800-38E (its approval);
 FIPS 140-3 IG C.I (the two key halves must differ).
@@ -11,69 +16,74 @@ FIPS 140-3 IG C.I (the two key halves must differ).
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import ECB
+from cryptography.hazmat.primitives.ciphers.modes import ECB, XTS
 
+from rmemd.store.helper import Helper, helper
 from rmemd.units import I64, PAGE_SIZE, U8, U64
 
 _KEY_SIZES = (32, 64)
 _BLOCK = 16
 _BLOCKS = PAGE_SIZE // _BLOCK
-_WORDS = PAGE_SIZE // 8
 # update_into insists on room for one more block than it writes
 _SLACK = _BLOCK
-_LINE = 64
-# Measured: 128 pages are 20 % slower per page (the fixed price of some seventy numpy calls), 256
-# are 3 % slower; the gain ends here, where the scratch takes 4.5 MiB a thread.
-_BATCH = 512
-# While two rows of an operation fit numpy's ufunc buffer (8192 words unless told), numpy copies
-# broadcast operands, here the shift counts, into it: the shifts become three times slower.
-_UFUNC_BUFFER = 512
+# Measured: 128 pages are 11 % slower per page (the fixed price of some fifty numpy calls), and 512
+# no faster; the scratch takes 2.8 MiB a thread.
+_BATCH = 256
 
 _LE64 = np.dtype("<u8")
-_1, _5, _57, _64 = (np.uint64(count) for count in (1, 5, 57, 64))
-# x^128 = x^7 + x^2 + x + 1, hence T[j+128] = T[j] ^ T[j+1] ^ T[j+2] ^ T[j+7]: the upper half of a
-# page costs three xors. Two rounds, as the last seven blocks need blocks of the first round.
-_RECURRENCE = ((128, 249), (249, 256))
+_WHOLE_BLOCK = np.dtype((np.void, _BLOCK))
+_1, _5, _57 = (np.uint64(count) for count in (1, 5, 57))
+# Times x^8 moves bits by a byte. So blocks j, j + 8, j + 16... of a page are windows, a byte apart,
+# into one stream of bytes, but for each window's first byte; eight streams hold a page's masks.
+_STREAMS = 8
+_STREAM_WORDS = 6
+_STREAM_BYTES = 8 * _STREAM_WORDS
+_WINDOWS = _BLOCKS // _STREAMS
+_FIRST_WINDOW = 32
+# x^128 = x^7 + x^2 + x + 1, hence M[j + 128] = M[j] ^ M[j + 1] ^ M[j + 2] ^ M[j + 7]
+_RECURRENCE = (1, 2, 7)
+_LEFT = np.arange(_STREAMS + 2 * _RECURRENCE[-1], dtype=np.uint64).reshape(-1, 1)
+_RIGHT = np.uint64(64) - _LEFT
 
 
-def _width(npages: int) -> int:
-    """Return the row length of the planes: an odd number of cache lines, at least npages words.
-
-    With a power of two, a whole column, which the interleaving reads, would fall into a few cache
-    sets. The words past npages are computed along with the others and never read.
-    """
-    return (-(-npages // 8) | 1) * 8
-
-
-def _aligned(size: int) -> U8:
-    """Return size uninitialised bytes on a cache line: numpy's 16-byte alignment costs 5 %."""
-    raw = np.empty(size + _LINE, dtype=np.uint8)
-    start = -raw.ctypes.data % _LINE
-    return raw[start : start + size]
+@cache
+def _page_starts() -> U64:
+    """Return x^0, x^256, x^512...: tweaks that pages of the long unit begin with, (batch, 2)."""
+    tweak, starts = 1, bytearray()
+    for _ in range(_BATCH):
+        starts += tweak.to_bytes(_BLOCK, "little")
+        # x^256 is the square of x^128: x^14 + x^4 + x^2 + 1
+        tweak ^= tweak << 2 ^ tweak << 4 ^ tweak << 14
+        over = tweak >> 128
+        tweak ^= over << 128 ^ over << 7 ^ over << 2 ^ over << 1 ^ over
+    return np.frombuffer(starts, dtype=_LE64).reshape(_BATCH, 2)
 
 
 class _Scratch(threading.local):
     """One thread's buffers for one batch, shared by all ciphers that the thread uses."""
 
     def __init__(self) -> None:
-        row = 8 * _width(_BATCH)
-        self.planes: U64 = _aligned(_WORDS * row + _SLACK).view(np.uint64)
-        self.carry: U64 = _aligned(_BLOCKS // 4 * row).view(np.uint64)
-        self.tweaks: U64 = _aligned(PAGE_SIZE * _BATCH).view(_LE64)
-        self.first: U8 = _aligned(_BLOCK * _BATCH + _SLACK)
+        self.first: U8 = np.empty(_BLOCK * _BATCH + _SLACK, dtype=np.uint8)
+        self.planes: U64 = np.empty((_STREAM_WORDS, _LEFT.size, _BATCH), dtype=np.uint64)
+        self.carry: U64 = np.empty((_LEFT.size, _BATCH), dtype=np.uint64)
+        self.streams: U64 = np.empty((_BATCH, _STREAMS, _STREAM_WORDS), dtype=_LE64)
+        self.fold: U8 = np.empty(self.streams.nbytes, dtype=np.uint8)
+        self.lowest: U8 = np.empty(self.streams.nbytes, dtype=np.uint8)
+        self.masks: U8 = np.empty((_BATCH, PAGE_SIZE), dtype=np.uint8)
+        self.inner: U8 = np.empty((_BATCH, PAGE_SIZE), dtype=np.uint8)
 
 
-class _Contexts(threading.local):
-    """One thread's ECB contexts for one key: a context must not be used by two threads at once."""
+class _TweakContext(threading.local):
+    """One thread's context of one tweak key: two threads must not use one at once."""
 
-    def __init__(self, data_key: bytes, tweak_key: bytes) -> None:
-        self.encrypt = Cipher(AES(data_key), ECB()).encryptor()
-        self.decrypt = Cipher(AES(data_key), ECB()).decryptor()
-        self.tweak = Cipher(AES(tweak_key), ECB()).encryptor()
+    def __init__(self, key: bytes) -> None:
+        self.encrypt = Cipher(AES(key), ECB()).encryptor()
 
 
 _scratch = _Scratch()
@@ -85,11 +95,12 @@ class PageCipher:
     Source: IEEE Std 1619-2018, clause 5; NIST SP 800-38E.
     """
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, compiled: Callable[[], Helper | None] = helper) -> None:
         """Take the data key followed by the tweak key.
 
         Args:
             key: 32 bytes for AES-128-XTS, 64 bytes for AES-256-XTS.
+            compiled: gives the compiled helper once it is needed; used if it has a libcrypto.
 
         Raises:
             ValueError: The key has another length, or its two halves are equal.
@@ -99,7 +110,12 @@ class PageCipher:
         half = len(key) // 2
         if key[:half] == key[half:]:
             raise ValueError("key: the data key and the tweak key must differ")
-        self._contexts = _Contexts(key[:half], key[half:])
+        self._compiled = compiled
+        self._key = key
+        self._tweaks = _TweakContext(key[half:])
+        # the long unit's number is what encrypts to the tweak 1, so that its tweaks are constants
+        number = Cipher(AES(key[half:]), ECB()).decryptor().update((1).to_bytes(_BLOCK, "little"))
+        self._unit = Cipher(AES(key), XTS(number))
 
     def encrypt(self, pfns: I64, data: U8) -> U8:
         """Encrypt pages.
@@ -114,7 +130,7 @@ class PageCipher:
         Raises:
             ValueError: An argument has another shape or dtype, or a pfn is negative.
         """
-        return self._apply(self._contexts.encrypt, pfns, data)
+        return self._apply(True, pfns, data)
 
     def decrypt(self, pfns: I64, data: U8) -> U8:
         """Decrypt pages; the inverse of ``encrypt`` for the same pfns.
@@ -130,21 +146,24 @@ class PageCipher:
         Raises:
             ValueError: An argument has another shape or dtype, or a pfn is negative.
         """
-        return self._apply(self._contexts.decrypt, pfns, data)
+        return self._apply(False, pfns, data)
 
-    def _apply(self, context: CipherContext, pfns: I64, data: U8) -> U8:
+    def _apply(self, encrypt: bool, pfns: I64, data: U8) -> U8:
         _check(pfns, data)
-        out = np.empty(data.shape, dtype=np.uint8)
-        inner = _scratch.planes.view(np.uint8)
-        with np.errstate():  # for its side effect: it confines setbufsize to this block and thread
-            np.setbufsize(_UFUNC_BUFFER)
-            for start in range(0, pfns.size, _BATCH):
-                batch = out[start : start + _BATCH]
-                tweaks = _tweaks(self._contexts.tweak, pfns[start : start + _BATCH])
-                np.bitwise_xor(data[start : start + _BATCH], tweaks, batch)
-                context.update_into(batch.reshape(-1).data, inner.data)
-                np.bitwise_xor(inner[: batch.size].reshape(batch.shape), tweaks, batch)
-        return out
+        compiled = self._compiled()
+        if compiled is not None and compiled.libcrypto:
+            return compiled.xts(self._key, encrypt, pfns, data)
+        unit = self._unit.encryptor if encrypt else self._unit.decryptor
+        out = np.empty(data.size + _SLACK, dtype=np.uint8)
+        pages = out[: data.size].reshape(data.shape)
+        for start in range(0, pfns.size, _BATCH):
+            batch = pages[start : start + _BATCH]
+            masks = _masks(self._tweaks.encrypt, pfns[start : start + _BATCH])
+            inner = _scratch.inner[: len(batch)]
+            np.bitwise_xor(data[start : start + _BATCH], masks, inner)
+            unit().update_into(inner.reshape(-1).data, out[start * PAGE_SIZE :].data)
+            np.bitwise_xor(batch, masks, batch)
+        return pages
 
 
 def _check(pfns: I64, data: U8) -> None:
@@ -159,67 +178,79 @@ def _check(pfns: I64, data: U8) -> None:
         raise ValueError(f"pfns: page numbers >= 0 expected, got {pfns.min()}")
 
 
-def _tweaks(context: CipherContext, pfns: I64) -> U8:
-    """Return the tweaks T[j] = E_k2(pfn) * x^j of a batch as they are xored, shape (n, 4096).
+def _masks(tweaks: CipherContext, pfns: I64) -> U8:
+    """Return the masks M[j] = (E_k2(pfn) ^ U) * x^j of a batch, shape (n, 4096).
 
-    The result lives in the thread's scratch. The low and the high words of all tweaks are computed
-    apart, as planes (block, page), where every operation runs over contiguous memory.
+    U is the long unit's tweak where the page begins. The result lives in the thread's scratch.
     """
     npages = pfns.size
-    width = _width(npages)
     units = np.zeros((npages, 2), dtype=_LE64)
     units[:, 0] = pfns
-    context.update_into(units.view(np.uint8).reshape(-1).data, _scratch.first.data)
+    tweaks.update_into(units.view(np.uint8).reshape(-1).data, _scratch.first.data)
     first = _scratch.first[: _BLOCK * npages].view(_LE64).reshape(npages, 2)
-
-    planes = _scratch.planes[: _WORDS * width].reshape(2, _BLOCKS * width)
-    for plane, words in zip(planes, first.T, strict=True):
-        plane[:npages] = words
-    _times_small(planes, width, 1)
-    _times_small(planes, 8 * width, 8)
-    _times_x64(planes, 64 * width)
-    rows = planes.reshape(2, _BLOCKS, width)
-    tweaks = _scratch.tweaks[: _WORDS * npages].reshape(npages, _BLOCKS, 2)
-    for word, plane in enumerate(rows):
-        for start, stop in _RECURRENCE:
-            target = plane[start:stop]
-            np.bitwise_xor(plane[start - 128 : stop - 128], plane[start - 127 : stop - 127], target)
-            target ^= plane[start - 126 : stop - 126]
-            target ^= plane[start - 121 : stop - 121]
-        tweaks[:, :, word] = plane[:, :npages].T
-    return tweaks.view(np.uint8).reshape(npages, PAGE_SIZE)
+    streams = _streams(*(first ^ _page_starts()[:npages]).T)
+    layout = (npages, _WINDOWS, _STREAMS)
+    strides = (_STREAMS * _STREAM_BYTES, -1, _STREAM_BYTES)
+    windows = np.ndarray(layout, _WHOLE_BLOCK, streams, _FIRST_WINDOW, strides)
+    lowest = np.ndarray(layout, np.uint8, _lowest(streams), _FIRST_WINDOW, strides)
+    masks = _scratch.masks[:npages]
+    np.copyto(masks.view(_WHOLE_BLOCK).reshape(layout), windows)
+    np.copyto(masks[:, ::_BLOCK].reshape(layout), lowest)
+    return masks
 
 
-def _times_small(planes: U64, size: int, power: int) -> None:
-    """Fill words size..8*size of both planes with words 0..size times x^power ... x^(7*power)."""
-    low, high = planes[:, :size]
-    low_to, high_to = planes[:, size : 8 * size].reshape(2, 7, size)
-    carry = _scratch.carry[: 7 * size].reshape(7, size)
-    left = np.arange(power, 8 * power, power, dtype=np.uint64).reshape(7, 1)
-    right = _64 - left
-    np.left_shift(high, left, high_to)
-    np.right_shift(low, right, carry)
-    high_to |= carry
-    np.right_shift(high, right, carry)
-    np.left_shift(low, left, low_to)
-    low_to ^= carry
-    for step in (_1, _1, _5):
-        carry <<= step
-        low_to ^= carry
+def _streams(low: U64, high: U64) -> U64:
+    """Return the streams of masks that begin with the words low and high, shape (n, 8, 6).
+
+    Word w of stream j is the high word of M[j + 64 * (5 - w)]. They are computed as planes
+    (word, stream, page), where every operation runs over contiguous memory.
+    """
+    npages = low.size
+    planes = _scratch.planes[:, :, :npages]
+    carry = _scratch.carry[:, :npages]
+    for plane, (below, word) in zip(planes, ((low, high), _times_x64(low, high)), strict=False):
+        np.left_shift(word, _LEFT, plane)
+        np.right_shift(below, _RIGHT, carry)
+        plane |= carry
+    for done, rows in ((2, _STREAMS + _RECURRENCE[-1]), (4, _STREAMS)):
+        before, target = planes[done - 2 : done], planes[done : done + 2, :rows]
+        summed = before[:, :rows]
+        for step in _RECURRENCE:
+            np.bitwise_xor(summed, before[:, step : step + rows], target)
+            summed = target
+    streams = _scratch.streams[:npages]
+    np.copyto(streams, planes[::-1, :_STREAMS].transpose(2, 1, 0))
+    return streams
 
 
-def _times_x64(planes: U64, size: int) -> None:
-    """Fill words size..2*size of both planes with words 0..size times x^64."""
-    low, high = planes[:, :size]
-    low_to, high_to = planes[:, size : 2 * size]
-    carry = _scratch.carry[:size]
-    np.right_shift(high, _57, carry)
-    np.bitwise_xor(low, carry, high_to)
+def _times_x64(low: U64, high: U64) -> tuple[U64, U64]:
+    """Return the words low and high of blocks times x^64."""
+    carry = high >> _57
+    high_to = low ^ carry
     for step in (_5, _1):
         carry >>= step
         high_to ^= carry
-    np.left_shift(high, _1, carry)
-    np.bitwise_xor(high, carry, low_to)
+    carry = high << _1
+    low_to = high ^ carry
     for step in (_1, _5):
         carry <<= step
         low_to ^= carry
+    return low_to, high_to
+
+
+def _lowest(streams: U64) -> U8:
+    """Return at every window's place in the streams what its first byte has to be.
+
+    A step by x^8 folds the byte that leaves a block into its two lowest: as b, 2b, 4b and 128b. The
+    streams have the upper half of that, which comes from the byte at the window's end, in the
+    first byte as well as in the second; here it is taken out of the first.
+    """
+    data = streams.reshape(-1).view(np.uint8)
+    fold, lowest = _scratch.fold[: data.size], _scratch.lowest[: data.size]
+    np.right_shift(data, 1, fold)
+    np.right_shift(data, 6, lowest)
+    fold ^= lowest
+    lowest >>= 1
+    fold ^= lowest
+    np.bitwise_xor(data[: 1 - _BLOCK], fold[_BLOCK - 1 :], lowest[: 1 - _BLOCK])
+    return lowest

@@ -40,7 +40,13 @@ POINTS = {
     "bytes written": Point(
         ("rmemd.store.system", "System", "write"), 20, (BEFORE, WITHIN, AFTER), at_start=True
     ),
-    "bytes punched": Point(("rmemd.store.system", "System", "fallocate"), 20, at_start=True),
+    "bytes punched": Point(
+        ("rmemd.store.system", "System", "fallocate_each"),
+        20,
+        (BEFORE, WITHIN, AFTER),
+        at_start=True,
+    ),
+    "room made": Point(("rmemd.store.system", "System", "fallocate"), 3, at_start=True),
     "deposit": Point(("rmemd.daemon.fdstore", "FdStore", "keep"), 3, at_start=True),
     "deposit let go": Point(("rmemd.daemon.fdstore", "FdStore", "drop"), 3),
     "reply": Point(("rmemd.rpc.replies", "Turn", "replied"), 40),
