@@ -35,7 +35,8 @@ CONSTANTS = (
     ("RETRIES_MAX", "rmemd/engine/fault.py", "times that a Busy refusal begins a fault again"),
     ("FAULTS_MAX", "rmemd/engine/guestmemory.py", "faults for one access whose verdict is FAULT"),
     ("CHUNK_PAGES", "rmemd/engine/guestmemory.py", "pages of one stretch of guest execution"),
-    ("BATCH_PAGES", "rmemd/engine/populate.py", "pages of one populate or pre-fault transaction"),
+    ("BATCH_PAGES", "rmemd/engine/populate.py", "pages of one populate transaction"),
+    ("FAULT_PAGES", "rmemd/engine/populate.py", "pages of one pre-fault transaction"),
     ("BATCH_PAGES", "rmemd/engine/migrate.py", "pages of one migration transaction"),
     ("INLINE_PAGES", "rmemd/engine/core.py", "pages up to which a step moves bytes under the lock"),
 )

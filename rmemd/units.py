@@ -7,7 +7,7 @@ numbers; which one a value is, its name says.
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Any, NewType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,3 +82,14 @@ def coalesce(numbers: I64) -> tuple[I64, I64]:
     breaks = run_breaks(numbers)
     counts = np.diff(np.append(breaks, numbers.size)).astype(np.int64)
     return numbers[breaks], counts
+
+
+def distinct(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Return the distinct numbers, ascending, of an array of one dimension.
+
+    As ``np.unique``, which hashes: a hundred times as long for pages, which seldom repeat.
+    """
+    ordered = np.sort(numbers)
+    new = np.ones(ordered.size, dtype=np.bool_)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered[new]

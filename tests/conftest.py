@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# tests import their helpers by name (`from guests import ...`), whatever the import mode
+# tests import their helpers by name (`from guests import ...`), whatever the import mode, and the
+# benchmarks as `tests.bench`
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from helpers import Clock, MakeEngine, new_engine

@@ -14,9 +14,10 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.sessions import TICKETS, Closed
@@ -93,6 +94,11 @@ class Policy:
     shared: bool = False
     local: str = ""
     admins: frozenset[str] = frozenset()
+
+    @cached_property
+    def operator(self) -> Caller:
+        """Return who calls without a token on a socket that is the daemon's own user's alone."""
+        return Caller(self.local, ADMIN, door=UNIX)
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,7 @@ class Access:
             return Caller(tenant, self.role_of(tenant), door=TCP)
         if self.policy.shared:
             raise TOKEN_REQUIRED("the call carries no token", field="rmem-token")
-        return Caller(self.policy.local, ADMIN, door=UNIX)
+        return self.policy.operator
 
     def role_of(self, tenant: str) -> str:
         """Return the role that a tenant has by itself."""

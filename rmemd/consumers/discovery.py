@@ -12,12 +12,12 @@ import site
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import EntryPoint, MetadataPathFinder, entry_points
+from importlib.metadata import Distribution, EntryPoint, MetadataPathFinder, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.errors import REASONS, Reason
 from rmemd.hooks.spec import ENTRY_POINTS
 
@@ -41,6 +41,22 @@ def installed() -> list[EntryPoint]:
     # 3.11 is not the class method that it looks like
     MetadataPathFinder().invalidate_caches()
     return sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+
+
+def release_of(distribution: Distribution) -> tuple[str, str]:
+    """Return a distribution's name and version.
+
+    Read from the first lines of what ``importlib.metadata`` has parsed as a mail for each of them.
+    """
+    said: dict[str, str] = {}
+    for line in (distribution.read_text("METADATA") or "").splitlines():
+        key, colon, value = line.partition(": ")
+        if not colon:
+            break
+        said.setdefault(key, value)
+    if "Name" in said and "Version" in said:
+        return said["Name"], said["Version"]
+    return distribution.name, distribution.version
 
 
 def load(point: EntryPoint) -> Any:

@@ -8,12 +8,14 @@ its VM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Sized
+from dataclasses import field, fields
+from typing import Any, Protocol
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import PLUGIN_NONSENSE, PLUGIN_RAISED, REASONS, RmemError
 from rmemd.hooks.hooktx import HookServices, HookTx
 from rmemd.hooks.ops import NotifierOps, PlatformOps
@@ -36,6 +38,28 @@ from rmemd.units import I64, U8
 
 # a hook that runs longer than this freezes its VM
 DEADLINE_SECONDS = 2.0
+# what a plugin may raise; the rest ends the daemon's thread
+CAUGHT = (Exception, SystemExit, GeneratorExit)
+
+
+class Passages(Protocol):
+    """What is known of the passages of points (``engine.faultrules``), read at every hook."""
+
+    @property
+    def passed(self) -> defaultdict[str, int]:
+        """How often each point was passed."""
+
+    @property
+    def waiting(self) -> Sized:
+        """The rules that wait; while there is none, a passage is only counted."""
+
+
+@dataclass
+class _Unruled:
+    """No fault rules, where nobody has any."""
+
+    passed: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    waiting: Sized = ()
 
 
 @dataclass
@@ -48,6 +72,7 @@ class Guard:
         overdue: (vm, hook, seconds) of overdue calls, until the engine has frozen their VMs.
         report: told of a plugin's fault with its traceback at hand; the daemon logs it.
         watch: told of each hook that agreed in a transaction: (tx, vm, op, its arguments, answer).
+        passages: of the points that a fault rule can strike at; the engine's, once it is there.
         calls, overdue_calls: hooks called, and those that took too long, since the start.
     """
 
@@ -56,6 +81,7 @@ class Guard:
     overdue: list[tuple[int, str, float]] = field(default_factory=list)
     report: Callable[[str, BaseException], None] = lambda where, error: None
     watch: Callable[[Tx, int, str, tuple[Any, ...], Any], None] | None = None
+    passages: Passages = field(default_factory=_Unruled)
     calls: int = 0
     overdue_calls: int = 0
 
@@ -71,17 +97,25 @@ class Guard:
             return function(*args)
         except Held:
             raise
-        except RmemError as refusal:
-            raise refusal.with_details(where=refusal.details.where or where) from refusal
-        except (Exception, SystemExit, GeneratorExit) as error:
-            self.report(where, error)
-            raise PLUGIN_RAISED(f"{where} raised {type(error).__name__}", where=where) from error
+        except CAUGHT as error:
+            raise self.failed(where, error) from error
         finally:
             took = self.clock() - begun
             self.calls += 1
             if took > self.deadline_seconds:
-                self.overdue_calls += 1
-                self.overdue.append((vm, where, took))
+                self.is_overdue(vm, where, took)
+
+    def failed(self, where: str, error: BaseException) -> RmemError:
+        """Return what a hook's exception is for the engine."""
+        if isinstance(error, RmemError):
+            return error.with_details(where=error.details.where or where)
+        self.report(where, error)
+        return PLUGIN_RAISED(f"{where} raised {type(error).__name__}", where=where)
+
+    def is_overdue(self, vm: int, where: str, took: float) -> None:
+        """Remember a call that took too long."""
+        self.overdue_calls += 1
+        self.overdue.append((vm, where, took))
 
 
 class Platform:
@@ -129,28 +163,62 @@ class Consumer:
         self.vm = vm
         self.platform = platform
         self.made = made
-        self.ops = ops
         self._guard = guard
         self._services = services
         self._prefixes = (f"vm/{vm}/{platform.name}/", f"platform/{platform.name}/")
+        self.ops = ops
+
+    @property
+    def ops(self) -> NotifierOps:
+        """Return the table of ops; what is called is looked up once, when it is set."""
+        return self._ops
+
+    @ops.setter
+    def ops(self, ops: NotifierOps) -> None:
+        self._ops = ops
+        # plain tuples: no other sequence is taken apart as fast
+        self._hooks = {
+            op: (getattr(ops, op), f"{self.name}.{op}", check) for op, check in _ANSWERS.items()
+        }
 
     def call(self, tx: Tx, op: str, *args: Any) -> Any:
         """Call an op that is not NULL, and check its answer.
 
+        The guard's own ``call`` is written out here: this is called a few times for every
+        operation, and each Python call costs as much as a hook that does nothing.
+
         Raises:
             RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
         """
-        where = f"{self.name}.{op}"
-        injected = self._services.injected(tx, self.vm, op)
-        if injected:
+        function, where, check = self._hooks[op]
+        guard = self._guard
+        passages = guard.passages
+        if not passages.waiting:
+            passages.passed[op] += 1
+        elif injected := self._services.injected(tx, self.vm, op):
             raise _injected(where, injected)
-        hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
+        hook_tx = tx.views.get(self)
+        if hook_tx is None:
+            hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
+            tx.views[self] = hook_tx
         tx.hook(where)
-        answer = self._guard.call(self.vm, where, getattr(self.ops, op), hook_tx, *args)
-        if not _sound(_ANSWERS[op], answer, args):
+        guard.calls += 1
+        clock = guard.clock
+        begun = clock()
+        try:
+            answer = function(hook_tx, *args)
+        except Held:
+            raise
+        except CAUGHT as error:
+            raise guard.failed(where, error) from error
+        finally:
+            took = clock() - begun
+            if took > guard.deadline_seconds:
+                guard.is_overdue(self.vm, where, took)
+        if answer is not None if check is None else not _sound(check, answer, args):
             raise _nonsense(where, answer)
-        if self._guard.watch is not None:
-            self._guard.watch(tx, self.vm, op, args, answer)
+        if guard.watch is not None:
+            guard.watch(tx, self.vm, op, args, answer)
         return answer
 
     def page_state(self, gfns: Any, pfns: Any) -> PageStates | None:
@@ -216,10 +284,6 @@ def _sound(check: Callable[[Any, Any], bool], answer: Any, args: Any) -> bool:
         return False
 
 
-def _nothing(answer: Any, _: Any) -> bool:
-    return answer is None
-
-
 def _of(kind: type) -> Callable[[Any, Any], bool]:
     return lambda answer, _: isinstance(answer, kind)
 
@@ -261,27 +325,28 @@ def _host_answer(answer: Any, args: Any) -> bool:
     return bool(answer.views.max(initial=0) < len(HOST_VIEWS))
 
 
-_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
-    "invalidate_start": _nothing,
-    "invalidate_end": _nothing,
-    "prepare": _nothing,
-    "map": _nothing,
+# what an op answers; None: nothing
+_ANSWERS: dict[str, Callable[[Any, Any], bool] | None] = {
+    "invalidate_start": None,
+    "invalidate_end": None,
+    "prepare": None,
+    "map": None,
     "pin": _of(Pin),
     "unpin": lambda answer, args: _mask(answer, args[0].total),
-    "migrate_folio": _nothing,
+    "migrate_folio": None,
     "convert": _of(Content),
     "populate": _of(Populated),
     "finalize": _of(bytes),
-    "enter": _nothing,
-    "leave": _nothing,
+    "enter": None,
+    "leave": None,
     "guest_access": _access,
     "guest_call": _called,
     "error": _of(str),
-    "import_state": _nothing,
+    "import_state": None,
 }
 _PLATFORM_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
     "make_consumer": lambda answer, _: answer is not None,
-    "destroy_consumer": _nothing,
+    "destroy_consumer": lambda answer, _: answer is None,
     "host_access": _host_answer,
     "free": lambda answer, args: _mask(answer, args[0].size),
 }

@@ -8,12 +8,12 @@ when nothing can go wrong any more, so that one that fails leaves what was there
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from typing import Any
 
 from rmemd.consumers import discovery
 from rmemd.consumers.guard import Consumer, Guard, Platform
+from rmemd.deferred import dataclass
 from rmemd.errors import BAD_REQUEST, NO_SUCH_CONSUMER, NO_SUCH_PLUGIN, SWAP_SCHEMA, RmemError
 from rmemd.hooks.hooktx import HookServices, HostContext, VmContext
 from rmemd.hooks.ops import NotifierOps, compile_consumer, compile_platform
@@ -252,7 +252,7 @@ def require_offer(offers: Mapping[str, Offer], consumer: str) -> Offer:
 
 def as_found(point: EntryPoint, error: str = "") -> Found:
     """Return how a plugin is listed."""
-    name, version = (point.dist.name, point.dist.version) if point.dist else ("", "")
+    name, version = discovery.release_of(point.dist) if point.dist else ("", "")
     return Found(point.name, name, version, error)
 
 

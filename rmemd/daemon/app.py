@@ -18,11 +18,12 @@ import time
 import uuid
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distribution
 
 import structlog
 
 from rmemd.access.callers import Access, policy_of
+from rmemd.consumers.discovery import release_of
 from rmemd.consumers.guard import Guard
 from rmemd.daemon import logs
 from rmemd.daemon.config import Config, DaemonSection, TenantLimits
@@ -45,6 +46,7 @@ from rmemd.rpc.jobs import Jobs
 from rmemd.rpc.lifecycle import KeptBy, Lifecycle
 from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
 from rmemd.session.server import SessionServer
+from rmemd.store.helper import told
 from rmemd.units import PAGE_SIZE
 
 DRAIN_SECONDS = 5.0
@@ -105,7 +107,7 @@ class Daemon:
         self.engine.core.pause = partial(_pause, self._draining)
         self.self_check = SelfCheck(self.engine)
         self.access = Access(self.engine, clock=time.monotonic)
-        release = version("rmemd")
+        _, release = release_of(distribution("rmemd"))
         self.observers = Observers(config, self.engine, release)
         self._put_in_force(config)
         self.lifecycle = Lifecycle(
@@ -157,6 +159,8 @@ class Daemon:
             mock=True,
         )
         announce(ready_fd, self.directory.socket)
+        # it is loaded by this, so that readiness does not wait for it, and no client either
+        log.info("bulk_work", helper=told())
 
     def stop(self) -> None:
         """Ask the daemon to end; safe in a signal handler."""

@@ -11,7 +11,7 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from cryptography import x509
@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from rmemd.daemon.values import is_tenant
+from rmemd.deferred import dataclass
 
 SERVER_NAMES = ("localhost", "127.0.0.1", "::1")
 DAYS = 30

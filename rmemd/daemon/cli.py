@@ -121,12 +121,12 @@ def serve(file: Path | None, sets: tuple[str, ...], ready_fd: int | None, **opti
         settings.log_level, {"json": True, "console": False, "auto": None}[settings.log_format]
     )
     from rmemd.daemon.hardening import harden
+    from rmemd.daemon.lean import settle
 
     kept = _kept(loaded, ready_fd)
     harden(settings.debuggable)
     daemon = _started(loaded, sources, ready_fd if kept.is_first else None, kept)
-    gc.freeze()
-    gc.enable()
+    settle()
     status = daemon.wait()
     if status:
         # who makes way goes as if killed: nothing is waited for that a successor goes on with
@@ -182,7 +182,13 @@ def _kept(loaded: Loaded, ready_fd: int | None) -> Kept:
 
 
 def _started(loaded: Loaded, sources: Sources, ready_fd: int | None, kept: Kept) -> Daemon:
-    from rmemd.daemon.app import Daemon
+    from rmemd.daemon.switches import set_switches
+
+    set_switches(os.environ)
+    from rmemd.daemon.lean import lean
+
+    with lean():
+        from rmemd.daemon.app import Daemon
     from rmemd.daemon.kept import OWN
     from rmemd.daemon.telemetry import ExtraMissing
     from rmemd.store.values import JournalUnreadable

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from rmemd.daemon.values import (
     tenants_of,
     text_if,
 )
+from rmemd.deferred import dataclass
 
 # 2 MiB: what a node is made of (units.PMD_PAGES frames, without importing NumPy for it)
 NODE_MIN_BYTES = 2 << 20

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from rmemd.daemon.config import Config, Key, TenantLimits, conflicts, keys, sections
 from rmemd.daemon.values import is_tenant, size_of, size_text
+from rmemd.deferred import dataclass
 
 FILE_NAME = "rmemd.toml"
 FILE_MAX_BYTES = 1 << 20

@@ -6,12 +6,11 @@ stderr while ``corelog`` has taken descriptor 2.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rmemd.daemon.lean import lean
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, Processor, WrappedLogger
@@ -55,27 +54,10 @@ def set_level(level: str) -> None:
     _level.least = LEVELS[level]
 
 
-@contextlib.contextmanager
-def _no_rich() -> Iterator[None]:
-    """Have structlog not find rich, which it imports to draw tracebacks that we do not draw.
-
-    It costs a fifth of our start-up wherever a client is installed beside us.
-    """
-    if "rich" in sys.modules or "structlog" in sys.modules:
-        yield
-        return
-    hidden: dict[str, ModuleType | None] = cast("dict[str, ModuleType | None]", sys.modules)
-    hidden["rich"] = None
-    try:
-        yield
-    finally:
-        del hidden["rich"]
-
-
 def configure(level: str, as_json: bool | None = None) -> None:
     """Set structlog up; ``as_json`` None means JSON unless stderr is a tty."""
     # imported here, so that --help is answered without it
-    with _no_rich():
+    with lean():
         import structlog
 
     if as_json is None:
@@ -96,6 +78,12 @@ def configure(level: str, as_json: bool | None = None) -> None:
             raise structlog.DropEvent
         return event
 
+    class _Logger(structlog.make_filtering_bound_logger(logging.DEBUG)):  # type: ignore[misc]
+        """Makes nothing of what is said of every call, where nobody wants it."""
+
+        def debug(self, event: str, *args: Any, **kw: Any) -> Any:
+            return super().debug(event, *args, **kw) if _level.least <= logging.DEBUG else None
+
     to: Any = stream
     structlog.configure(
         processors=[
@@ -105,8 +93,8 @@ def configure(level: str, as_json: bool | None = None) -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *renderers,
         ],
-        # the level can fall while we run: that processor decides, not the loggers' class
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+        # the level can fall while we run: that processor decides, not structlog's filter
+        wrapper_class=_Logger,
         logger_factory=structlog.PrintLoggerFactory(to),
         cache_logger_on_first_use=True,
     )

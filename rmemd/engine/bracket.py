@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import field, replace
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.core import Core
+from rmemd.engine.ranges import Ranges
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Runs, Why
 from rmemd.model.files import RestrictedFile
 from rmemd.model.host import KEPT
 from rmemd.model.ledger import Entry
+from rmemd.model.spans import Spans
 from rmemd.model.vms import Vm
 from rmemd.units import I64, Bools
 
@@ -37,6 +40,31 @@ class View:
     gfn: int
     npages: int
     zapped: bool | None = None
+
+    def require_idle(self, ranges: Ranges) -> None:
+        """Have the operation wait while any of it is in progress."""
+        ranges.require_idle("vm", self.vm.info.vm, self.gfn, self.npages)
+
+    def mapped(self) -> tuple[Runs, Runs]:
+        """Return what it maps: (private runs, shared runs)."""
+        return self.vm.mapped(self.gfn, self.npages)
+
+
+@dataclass(frozen=True)
+class Scattered(View):
+    """Several ranges of guest frames of one VM, ``spans``; gfn..gfn+npages is their extent."""
+
+    spans: Spans = field(kw_only=True)
+
+    def require_idle(self, ranges: Ranges) -> None:
+        """Have the operation wait while any of it is in progress."""
+        if ranges.is_in_progress("vm", self.vm.info.vm, self.gfn, self.npages):
+            for start, n in self.spans:
+                ranges.require_idle("vm", self.vm.info.vm, start, n)
+
+    def mapped(self) -> tuple[Runs, Runs]:
+        """Return what it maps: (private runs, shared runs)."""
+        return self.vm.runs_of(self.spans.touched(self.vm.mirror))
 
 
 def views_of(core: Core, file: RestrictedFile, pgoff: int, npages: int) -> list[View]:
@@ -84,8 +112,8 @@ def invalidating(core: Core, tx: Tx, views: list[View], why: Why) -> Iterator[No
 
 def unmap(core: Core, tx: Tx, view: View, why: Why) -> Runs:
     """Take what a view maps out of vendor and mirror; return the private runs that it had."""
-    core.ranges.require_idle("vm", view.vm.info.vm, view.gfn, view.npages)
-    private, shared = view.vm.mapped(view.gfn, view.npages)
+    view.require_idle(core.ranges)
+    private, shared = view.mapped()
     if view.zapped is True:
         shared = Runs.of_pages(NOTHING, NOTHING)
     elif view.zapped is False:
@@ -107,7 +135,7 @@ def pin_entry(vm: Vm, purpose: str, longterm: bool) -> Entry:
 
 def pin_entries(core: Core, vm: Vm) -> list[Entry]:
     """Return the entries under which a VM's consumer may hold pages (its pin op names them)."""
-    return [e for e in core.ledger.entries() if e.holder == vm.info.label and e.purpose != FAULT]
+    return [e for e in core.ledger.entries_of(vm.info.label) if e.purpose != FAULT]
 
 
 def held_by_others(core: Core, vm: Vm, pfns: I64) -> Bools:

@@ -11,11 +11,11 @@ goes on from how far that got, where a page cannot be done twice.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+from rmemd.deferred import dataclass
 from rmemd.engine.notes import Notes
 from rmemd.errors import REASONS, Details, RmemError
 from rmemd.model.files import RestrictedFile
@@ -35,6 +35,24 @@ class _Current(threading.local):
         self.runs = 0
 
 
+class _Naming:
+    """The block in which a thread's runs are those of one call."""
+
+    __slots__ = ("_before", "_current", "_key")
+
+    def __init__(self, current: _Current, key: Hashable) -> None:
+        self._current = current
+        self._key = key
+
+    def __enter__(self) -> None:
+        current = self._current
+        self._before = current.key, current.runs
+        current.key, current.runs = self._key, 0
+
+    def __exit__(self, *_: object) -> None:
+        self._current.key, self._current.runs = self._before
+
+
 class Calls:
     """Results of runs by call and number, of calls that are not answered yet."""
 
@@ -43,15 +61,9 @@ class Calls:
         self._current = _Current()
         self._by_call: dict[Hashable, list[Run]] = {}
 
-    @contextmanager
-    def of(self, key: Hashable) -> Iterator[None]:
-        """Have this thread's runs be those of a call; ``key`` is a plain value."""
-        before = self._current.key, self._current.runs
-        self._current.key, self._current.runs = key, 0
-        try:
-            yield
-        finally:
-            self._current.key, self._current.runs = before
+    def of(self, key: Hashable) -> _Naming:
+        """Have this thread's runs, in a ``with`` block, be those of a call; ``key`` is plain."""
+        return _Naming(self._current, key)
 
     def next_run(self) -> Run | None:
         """Return the name of the run that begins; None if it is of no named call."""
@@ -103,7 +115,8 @@ class Calls:
         """
         for run in self._by_call.pop(key, ()):
             self._notes.let_go(RESULTS, run)
-            self._notes.drop(PROGRESS, run)
+            if self._notes.get(PROGRESS, run) is not None:
+                self._notes.drop(PROGRESS, run)
 
     def restore(self) -> None:
         """Take over the results that a journal had."""

@@ -9,18 +9,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.waits import Operation
 from rmemd.hooks.tables import Records, Space, Write
 from rmemd.hooks.tx import Tx
 from rmemd.store.controller import page_sums
-from rmemd.units import I64, U64, pages
+from rmemd.units import I64, U64, distinct, pages
 
 NOWHERE = np.empty(0, dtype=np.int64)
 # pages of one move whose bytes are compared
@@ -98,7 +99,7 @@ class Transition:
     def touched(self, name: str) -> I64:
         """Return the entries of an array that were written, ascending."""
         parts = [_indices(write) for _, write in self.written.get(name, ())]
-        return np.unique(np.concatenate(parts)) if parts else NOWHERE
+        return distinct(np.concatenate(parts)) if parts else NOWHERE
 
     def changed(self, name: str) -> tuple[I64, I64, I64]:
         """Return the entries of an array that differ from before: which, old and new values."""

@@ -6,17 +6,16 @@ they are filled first; the emptiest of the others are emptied, as long as there 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Steps
 from rmemd.engine.migrate import Outcome, Report, governed, migrate, migrate_to
 from rmemd.errors import BAD_NODE, BAD_RANGE, FOLIO_UNMOVABLE
 from rmemd.model import buddy
 from rmemd.model.host import POISON, Use
-from rmemd.units import I64, PMD_PAGES, Bools, pages
+from rmemd.units import I64, PMD_PAGES, Bools, distinct, pages
 
 
 @dataclass
@@ -63,7 +62,7 @@ def movable_frames(core: Core, pfns: I64) -> Bools:
     use, owner = host.use.get(pfns), host.owner.get(pfns)
     answer: Bools = np.zeros(pfns.size, dtype=np.bool_)
     in_use = np.isin(use, (Use.PRIVATE, Use.SHARED))
-    for number in np.unique(owner[in_use & (owner != 0)]).tolist():
+    for number in distinct(owner[in_use & (owner != 0)]).tolist():
         file = core.files.get(number)
         mine = in_use & (owner == number)
         vm = file.info.vm
@@ -106,7 +105,7 @@ def _note_unmovable(
     stuck &= ((rows == Use.FREE).any(axis=1))[:, None]
     pfns = np.flatnonzero(stuck).astype(np.int64) + base
     owner = core.host.owner.get(pfns)
-    for number in np.unique(owner[owner > 0]).tolist():
+    for number in distinct(owner[owner > 0]).tolist():
         mine = pfns[owner == number]
         vm = core.files.get(number).info.vm
         name = core.vms.get(vm).info.consumer if core.vms.exists(vm) else "the VM that is gone"

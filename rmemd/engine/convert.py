@@ -1,17 +1,17 @@
-"""Conversion between private and shared, in both of Linux's ways.
+"""Conversion in place: one frame serves either state, and the consumer says what it then holds.
 
-Owns KVM_SET_MEMORY_ATTRIBUTES (`attributes`: touches no bytes) and the file's own attributes
-(`in-place`: one frame serves either state, and the consumer says what it then holds).
-Source: restrictedmem.md §2.
+Owns the file's own attributes, and what both ways of conversion ask of a range; that by VM
+attributes is ``engine.attributes``. Source: restrictedmem.md §2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
 from rmemd.engine.core import Core, private_key
@@ -32,14 +32,16 @@ from rmemd.hooks.types import Content, Runs, Why
 from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import ARENA, Stored, Use
 from rmemd.model.vms import ATTRIBUTE_PRIVATE, Slot, Vm
-from rmemd.store.controller import Contents
-from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, bytes_to_pages, is_page_aligned
+from rmemd.store.controller import Contents, zeros_of
+from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, Bools, bytes_to_pages, is_page_aligned
 
 RULE = "restrictedmem.md §2: KVM_SET_MEMORY_ATTRIBUTES"
 RULE_IN_PLACE = "restrictedmem.md §2: in-place conversion"
 ENOTTY = 25
 # pages carried at once, so that the copy's memory is bounded
 CARRY_PAGES = 2048
+# of pages so many times as far apart on the average it is not asked which are holes
+NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -50,38 +52,34 @@ class Converted:
     content: str
 
 
-def set_attributes(
-    core: Core, number: int, ranges: list[tuple[int, int, int]], flags: int
-) -> Steps[int]:
-    """Set attributes of byte ranges (gpa, size, attributes); return how many were so already.
-
-    Everything is checked before the first range is changed.
-    """
-    yield from ()
-    vm = core.vms.alive(number)
-    if vm.info.in_place:
-        raise WRONG_PERSONALITY(
-            f"{vm.info.label} converts in place: use the file's attributes", rule=RULE_IN_PLACE
-        )
-    for index, (gpa, size, attributes) in enumerate(ranges):
-        _check(vm, flags, attributes, gpa, size, f"ranges[{index}].", "gpa")
-    unchanged = 0
-    for gpa, size, attributes in ranges:
-        private = attributes == ATTRIBUTE_PRIVATE
-        start, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
-        unchanged += yield from core.unit(partial(_set_range, core, number, start, npages, private))
-    return unchanged
+def supported(vm: Vm) -> int:
+    """Return the attributes that a range of a VM can have."""
+    return ATTRIBUTE_PRIVATE if vm.info.private_memory else 0
 
 
-def _check(
+def check_range(
     vm: Vm, flags: int, attributes: int, start: int, size: int, path: str, start_field: str
 ) -> None:
+    """Check what is asked of one byte range, as KVM and guest_memfd do.
+
+    Args:
+        vm: whose memory it is.
+        flags: must be 0.
+        attributes: ATTRIBUTE_PRIVATE or 0.
+        start: in bytes.
+        size: in bytes.
+        path: where in the request the range is.
+        start_field: how the request names ``start``.
+
+    Raises:
+        InvalidArgument: UNKNOWN_FLAG, ATTRIBUTES_UNSUPPORTED, BAD_RANGE, NOT_PAGE_ALIGNED.
+    """
     if flags:
         raise UNKNOWN_FLAG(f"flags {flags:#x}", field="flags", rule=RULE)
-    supported = ATTRIBUTE_PRIVATE if vm.info.private_memory else 0
-    if attributes & ~supported:
+    allowed = supported(vm)
+    if attributes & ~allowed:
         raise ATTRIBUTES_UNSUPPORTED(
-            f"attributes {attributes:#x}; {vm.info.label} supports {supported:#x}",
+            f"attributes {attributes:#x}; {vm.info.label} supports {allowed:#x}",
             field=path + "attributes", rule=RULE,
         )  # fmt: skip
     if size <= 0 or start < 0 or start + size > MAX_GFN * PAGE_SIZE:
@@ -93,32 +91,6 @@ def _check(
             raise NOT_PAGE_ALIGNED(f"{start:#x}+{size:#x}", field=path + field, rule=RULE)
 
 
-def _set_range(core: Core, number: int, start: int, npages: int, private: bool) -> Steps[int]:
-    yield from ()
-    vm = core.vms.alive(number)
-    if vm.attributes.equals(start, npages, int(private)):
-        return 1
-    core.ranges.require_idle("vm", number, start, npages)
-    with core.tx("set attributes") as tx:
-        slots = _slots(vm, start, npages)
-        views = [View(vm, start, npages, zapped=not private)] if slots else []
-        for slot in slots:
-            if core.files.exists(slot.file):
-                lo, hi = max(slot.gfn, start), min(slot.gfn + slot.npages, start + npages)
-                file, shift = core.files.get(slot.file), slot.pgoff - slot.gfn
-                frames.charge_found(core, tx, file, lo + shift, hi - lo)
-        with invalidating(core, tx, views, Why.CONVERT):
-            tx.fill(vm.attributes, start, npages, int(private))
-        tx.emit("attributes_set", vm=number, gfn=start, npages=npages, private=private)
-    return 0
-
-
-def _slots(vm: Vm, start: int, npages: int) -> list[Slot]:
-    _, _, values = vm.slotmap.runs(start, npages)
-    return [vm.slots[number - 1] for number in np.unique(values[values > 0]).tolist()]
-
-
-# --- in place --------------------------------------------------------------------------------
 def convert_file(
     core: Core, number: int, offset: int, size: int, attributes: int, flags: int
 ) -> Steps[Converted]:
@@ -129,7 +101,7 @@ def convert_file(
         raise WRONG_PERSONALITY(
             f"{vm.info.label} converts by VM attributes", field="file", rule=RULE_IN_PLACE
         )
-    _check(vm, flags, attributes, offset, size, "", "offset_bytes")
+    check_range(vm, flags, attributes, offset, size, "", "offset_bytes")
     if not vm.info.private_memory:
         raise ATTRIBUTES_UNSUPPORTED(
             f"{vm.info.label} has no private memory", field="file", rule=RULE_IN_PLACE
@@ -191,7 +163,7 @@ def _convert(
     vm = core.vms.alive(file.info.vm)
     core.ranges.require_idle("file", file.info.file, start, npages)
     if private:
-        frames.charge_found(core, tx, file, start, npages)
+        frames.charge_found(core, tx, file, frames.uncharged(core, file, start, npages))
     present = file.frames.touched(start, npages)
     changing = present[file.attributes.get(present) != int(private)]
     pfns = np.asarray(file.frames.get(changing), dtype=np.int64) - 1
@@ -291,7 +263,7 @@ def _carry(
         for at in range(0, pgoffs.size, CARRY_PAGES):
             part = slice(at, at + CARRY_PAGES)
             if private:
-                done.append(_to_private(core, file, pgoffs[part], pfns[part], content, key))
+                done += _to_private(core, file, pgoffs[part], pfns[part], content, key)
             else:
                 _to_shared(core, file, pgoffs[part], pfns[part], content, key)
     except OSError:
@@ -305,34 +277,52 @@ def _carry(
 
 def _to_private(
     core: Core, file: RestrictedFile, pgoffs: I64, pfns: I64, content: Content, key: int
-) -> Contents:
+) -> list[Contents]:
     controller = core.controller
     if content is Content.ZERO:
-        stored = np.full(pfns.size, int(Stored.KEY_ZERO), dtype=np.uint8)
-        return Contents(pfns, stored, key, np.zeros(pfns.size, dtype=np.uint32))
+        return [zeros_of(pfns, key)]
     if content is Content.DESTROYED:
-        rows, under = scramble(core, pfns), 0
+        holes, under = np.zeros(pfns.size, dtype=np.bool_), 0
     else:
-        rows = core.shared_memory(file).read(pgoffs)
+        # what nobody has touched is not filled with zeros on the way
+        holes = ~_present(core, file, pgoffs)
         under = key if content is Content.PRESERVED else 0
-    contents, raw = controller.write_plan(pfns, rows, under)
-    controller.store_raw(pfns, raw)
-    return contents
+    done = [zeros_of(pfns[holes], under)] if holes.any() else []
+    pgoffs, pfns = pgoffs[~holes], pfns[~holes]
+    if pfns.size:
+        scrambled = content is Content.DESTROYED
+        rows = scramble(core, pfns) if scrambled else core.shared_memory(file).read(pgoffs)
+        contents, raw = controller.write_plan(pfns, rows, under)
+        controller.store_raw(pfns, raw)
+        done.append(contents)
+    return done
+
+
+def _present(core: Core, file: RestrictedFile, pgoffs: I64) -> Bools:
+    """Return which ascending pages are no holes of the shared memfd; True also where unlooked."""
+    first, extent = int(pgoffs[0]), int(pgoffs[-1] - pgoffs[0]) + 1
+    if extent > NEAR * pgoffs.size:
+        return np.ones(pgoffs.size, dtype=np.bool_)
+    return np.isin(pgoffs, core.shared_memory(file).present(first, extent))
 
 
 def _to_shared(
     core: Core, file: RestrictedFile, pgoffs: I64, pfns: I64, content: Content, key: int
 ) -> None:
-    shared = core.shared_memory(file)
+    shared, controller = core.shared_memory(file), core.controller
     if content is Content.ZERO:
         shared.punch(pgoffs)
-    elif content is Content.DESTROYED:
+        return
+    if content is Content.DESTROYED:
         shared.write(pgoffs, scramble(core, pfns))
-    elif content is Content.NOISE:
-        shared.write(pgoffs, core.controller.raw(pfns))
-    else:
-        rows, _ = core.controller.read(pfns, key)
-        shared.write(pgoffs, rows)
+        return
+    # a hole reads as zeros, too, and costs nothing
+    zeros = controller.zeros(pfns, key if content is Content.PRESERVED else 0)
+    shared.punch(pgoffs[zeros])
+    pgoffs, pfns = pgoffs[~zeros], pfns[~zeros]
+    if pfns.size:
+        noise = content is Content.NOISE
+        shared.write(pgoffs, controller.raw(pfns) if noise else controller.read(pfns, key)[0])
 
 
 def scramble(core: Core, pfns: I64) -> U8:

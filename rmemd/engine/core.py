@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
+from rmemd.deferred import dataclass
 from rmemd.engine import reopen
 from rmemd.engine.answered import Answered
 from rmemd.engine.calls import Calls
@@ -25,6 +26,7 @@ from rmemd.engine.notes import Notes
 from rmemd.engine.pendingfaults import PendingFaults
 from rmemd.engine.quotas import Quotas
 from rmemd.engine.ranges import Ranges
+from rmemd.engine.sharedmemory import SharedMemory
 from rmemd.engine.waits import GaveUp, Retry, Waits
 from rmemd.errors import NO_SUCH_VM
 from rmemd.hooks.tables import Space
@@ -38,7 +40,7 @@ from rmemd.model.userfaults import Userfaults
 from rmemd.model.vms import Vcpu, Vm, Vms
 from rmemd.store.controller import Contents, MemoryController, page_sums
 from rmemd.store.keeping import ARENA as ARENA_NAME
-from rmemd.store.keeping import Keeping, file_name
+from rmemd.store.keeping import Keeping
 from rmemd.store.memfd import Memfd
 from rmemd.store.system import SYSTEM, System
 from rmemd.units import I64, U8
@@ -96,6 +98,7 @@ class Core(Driver):
         listeners: who is told of what happens to a session.
         watched: who watched last, with what was found.
         parts: what ``engine.invariants`` checks beside its own, from those above the engine.
+        shared: the shared memfds of files, and the spare ones.
         scrubbed_frames: frames whose bytes were destroyed since the start; a measure, not state.
         waits: who waits for whom.
     """
@@ -115,6 +118,7 @@ class Core(Driver):
         self.waits = Waits(self.journal)
         self.rules = FaultRules(options.seed)
         self.guard = guard
+        guard.passages = self.rules
         self.consumers: dict[int, Consumer] = {}
         self.running: set[tuple[int, int]] = set()
         self.read_only = ""
@@ -127,7 +131,7 @@ class Core(Driver):
         self._scrub: list[I64] = []
         self._put_off: list[Callable[[], Steps[None]]] = []
         self.scrubbed_frames = 0
-        self._shared: dict[int, Memfd] = {}
+        self.shared = SharedMemory(keeping, self.notes, options.system)
         self.registry = Registry(self.space, guard, self)
         tx = Tx(self.space, "start", reopening=self.read_back is not None)
         self.host = Host(self.space, tx, options.nframes, options.nnodes)
@@ -176,6 +180,8 @@ class Core(Driver):
                 tx.rollback()
             self._put_off += [partial(self._empty, pfns) for pfns in tx.written]
             raise
+        finally:
+            tx.views.clear()
         if committed:
             if self.tracer is not None:
                 self.tracer.committed(tx)
@@ -332,39 +338,16 @@ class Core(Driver):
     def shared_memory(self, file: RestrictedFile) -> Memfd:
         """Return a file's shared memfd, made when it is first needed."""
         number = file.info.file
-        if number not in self._shared:
-            name = file_name(number)
-            kept = self.keeping.take(name)
-            self._shared[number] = Memfd(
-                f"rmemd-file-{number}", file.info.size_pages, kept, self.options.system
-            )
-            self.keeping.keep(name, self._shared[number].fd)
-            self.notes.set(reopen.SHARED_MEMFDS, number, True, flush=False)
-        memfd = self._shared[number]
+        memfd = self.shared.of(number, file.info.size_pages)
         return memfd if self.tracer is None else self.tracer.shared(number, memfd)
 
     def has_shared_memory(self, file: RestrictedFile) -> bool:
         """Return whether anything was ever shared of a file."""
-        return file.info.file in self._shared
-
-    def shared_descriptors(self) -> dict[int, int]:
-        """Return the descriptor of each shared memfd, by file."""
-        return {file: memfd.fd for file, memfd in self._shared.items()}
-
-    def forget_shared_memory(self, file: int) -> None:
-        """Close a file's shared memfd; what clients have mapped stays theirs."""
-        memfd = self._shared.pop(file, None)
-        if memfd is not None:
-            # its bytes go with the last descriptor: not before the record that says so
-            self.notes.drop(reopen.SHARED_MEMFDS, file, flush=True)
-            self.keeping.drop(file_name(file))
-            memfd.close()
+        return self.shared.has(file.info.file)
 
     def close(self) -> None:
         """Let go of every memfd; what is kept of them is somebody else's."""
-        for memfd in self._shared.values():
-            memfd.close()
-        self._shared.clear()
+        self.shared.close()
         self.controller.close()
         self.journal.close()
 

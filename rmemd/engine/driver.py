@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
+from rmemd.deferred import dataclass
 from rmemd.engine.answered import Answered
 from rmemd.engine.calls import Calls, Run, looked_up, named
 from rmemd.engine.cancel import Cancelled, never
@@ -239,7 +240,7 @@ class Driver:
 
     def read(self, query: Callable[[], T]) -> tuple[int, T]:
         """Run a query under the lock; return the revision it saw, and its result."""
-        with self._changed:
+        with self._lock:
             revision = self.answered.revision = self.journal.revision
             return revision, query()
 

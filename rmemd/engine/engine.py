@@ -15,6 +15,7 @@ import numpy as np
 from rmemd.consumers.guard import Guard
 from rmemd.consumers.registry import Found
 from rmemd.engine import (
+    attributes,
     compact,
     convert,
     faultpoints,
@@ -22,17 +23,18 @@ from rmemd.engine import (
     hostmap,
     lifecycle,
     memory,
+    onepage,
     physical,
     pins,
     plugins,
     populate,
-    queries,
     reopen,
     sessions,
     swap,
     userfaultops,
     vcpu,
 )
+from rmemd.engine.attributes import Ranges
 from rmemd.engine.cancel import never
 from rmemd.engine.compact import Compacted, Offlined
 from rmemd.engine.convert import Converted
@@ -40,12 +42,12 @@ from rmemd.engine.core import Core, Options
 from rmemd.engine.driver import Steps
 from rmemd.engine.faultrules import Rule
 from rmemd.engine.migrate import Report, migrate
+from rmemd.engine.onepage import Page
 from rmemd.engine.pendingfaults import Message
 from rmemd.engine.physical import Poisoned
 from rmemd.engine.plugins import Reloaded
 from rmemd.engine.populate import PreFaulted
 from rmemd.engine.programme import Instruction
-from rmemd.engine.queries import Page
 from rmemd.engine.reopen import Recovered
 from rmemd.engine.sessions import Closed
 from rmemd.engine.swap import Swapped
@@ -56,7 +58,7 @@ from rmemd.model.files import Policy, RestrictedFile
 from rmemd.model.sessions import NOBODY, GrantRange, Owner, SessionInfo
 from rmemd.model.vms import Vm
 from rmemd.store.keeping import Keeping
-from rmemd.units import I64
+from rmemd.units import I64, distinct
 
 if TYPE_CHECKING:
     from rmemd.engine.invariants import Checked, Invariant
@@ -160,9 +162,12 @@ class Engine:
             )
         )
 
-    def set_attributes(self, vm: int, ranges: list[tuple[int, int, int]], flags: int = 0) -> int:
-        """Set attributes of ranges (gpa, size, attributes); return how many were so. ALL each."""
-        return self.core.run(lambda: convert.set_attributes(self.core, vm, ranges, flags))
+    def set_attributes(self, vm: int, ranges: Ranges, flags: int = 0) -> int:
+        """Set attributes of ranges (gpa, size, attributes); return how many were so. ALL each.
+
+        Thousands of them go as uint64 rows, shape (n, 3).
+        """
+        return self.core.run(lambda: attributes.set_attributes(self.core, vm, ranges, flags))
 
     def populate(
         self, vm: int, gpa: int, source: bytes, kind: int = 1, measure: bool = True
@@ -263,13 +268,17 @@ class Engine:
         )
 
     # --- files -------------------------------------------------------------------------------
-    def create_file(self, vm: int, size_bytes: int, flags: int = 0) -> RestrictedFile:
-        """Make a restricted file. ALL."""
-        return self.core.run(lambda: memory.create(self.core, vm, size_bytes, flags))
+    def create_file(
+        self, vm: int, size_bytes: int, flags: int = 0, session: int = 0, spare: int = 0
+    ) -> RestrictedFile:
+        """Make a restricted file, on a session's spare memory if there is such. ALL."""
+        return self.core.run(
+            lambda: memory.create(self.core, vm, size_bytes, flags, session, spare)
+        )
 
-    def close_file(self, file: int) -> int:
-        """Close a file; return the pages freed. ALL."""
-        return self.core.run(lambda: memory.close_file(self.core, file))
+    def close_file(self, file: int, session: int = 0) -> int:
+        """Close a file, its memory being a session's to have again; the pages freed. ALL."""
+        return self.core.run(lambda: memory.close_file(self.core, file, session))
 
     def fallocate(self, file: int, mode: int, offset: int, length: int) -> int:
         """Allocate (PREFIX) or punch (ALL); return the pages that changed."""
@@ -452,7 +461,7 @@ class Engine:
         """Move the pages on frames elsewhere. EACH."""
         nodes = self._nodes(node)
         told = Report() if report is None else report
-        wanted = np.unique(np.asarray(pfns, dtype=np.int64))
+        wanted = distinct(np.asarray(pfns, dtype=np.int64))
         return self.core.run(lambda: migrate(self.core, wanted, nodes, told), who, repeatable=True)
 
     def compact(self, node: int, report: Report | None = None, who: str = "") -> Compacted:
@@ -475,7 +484,7 @@ class Engine:
 
     def page(self, pfn: int) -> tuple[int, Page]:
         """Return the revision and one page's whole story."""
-        return self.read(lambda core: queries.page(core, pfn))
+        return self.read(lambda core: onepage.page(core, pfn))
 
     def check(self) -> Checked:
         """Check every invariant over the state as it is now; remembered as ``last_check``."""

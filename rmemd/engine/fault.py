@@ -7,10 +7,11 @@ asked for private pages only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
 from rmemd.engine.core import Core
@@ -288,8 +289,10 @@ def charge_memlock(core: Core, vm: Vm, pin: Pin, npages: int) -> None:
         Exhausted: MEMLOCK.
     """
     limit = vm.info.memlock_pages
+    if not limit:
+        return
     locked = core.ledger.count(pin_entry(vm, pin.purpose, True))
-    if limit and locked + npages > limit:
+    if locked + npages > limit:
         raise MEMLOCK(
             f"{vm.info.label} has {locked} pages locked of {limit}; {npages} more asked for",
             state=f"{locked} pages locked", rule="pkvm.md §2: locked_vm, RLIMIT_MEMLOCK",
@@ -298,7 +301,7 @@ def charge_memlock(core: Core, vm: Vm, pin: Pin, npages: int) -> None:
 
 def locked_pages(core: Core, vm: Vm) -> int:
     """Return how many pages are charged to the VM's locked memory."""
-    entries = [e for e in core.ledger.entries() if e.holder == vm.info.label and e.longterm]
+    entries = [e for e in core.ledger.entries_of(vm.info.label) if e.longterm]
     return sum(core.ledger.count(entry) for entry in entries)
 
 

@@ -9,10 +9,10 @@ a delay there would stop the whole host instead of one operation.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from enum import Enum
 
 from rmemd.consumers.guard import INJECTABLE
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.fault import LOST_RACE
 from rmemd.engine.faultrules import STEP, Rule, require_sound
@@ -69,9 +69,11 @@ STEPS = {
 def every(core: Core) -> list[Point]:
     """Return every point that is known, in order of sort; a vendor's by its plugin and name."""
     passed = core.rules.passed
-    known = [Point(op, Sort.OP, _first_line(op), "", passed[op]) for op in INJECTABLE]
-    known.append(Point(LOST_RACE, Sort.RACE, RACE, "", passed[LOST_RACE]))
-    known += [Point(name, Sort.STEP, step.means, "", passed[name]) for name, step in STEPS.items()]
+    known = [Point(op, Sort.OP, _first_line(op), "", passed.get(op, 0)) for op in INJECTABLE]
+    known.append(Point(LOST_RACE, Sort.RACE, RACE, "", passed.get(LOST_RACE, 0)))
+    known += [
+        Point(name, Sort.STEP, step.means, "", passed.get(name, 0)) for name, step in STEPS.items()
+    ]
     return known + _vendors(core, {point.name for point in known})
 
 
@@ -82,7 +84,7 @@ def _vendors(core: Core, ours: set[str]) -> list[Point]:
     # of a point that nobody declares, nobody knows the plugin: VMs of several may have passed it
     loose = passed.keys() - ours - {name for _, name in declared}
     return [
-        Point(name, Sort.VENDOR, "", plugin, passed[name])
+        Point(name, Sort.VENDOR, "", plugin, passed.get(name, 0))
         for plugin, name in sorted(declared | {("", name) for name in loose})
     ]
 

@@ -9,12 +9,13 @@ that the same requests meet the same faults. Which points there are is ``faultpo
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 
+from rmemd.deferred import dataclass
 from rmemd.errors import BAD_REQUEST, NO_SUCH_RULE
 
 TEXT_MAX = 256
@@ -65,13 +66,14 @@ class FaultRules:
 
     Attributes:
         passed: how often each point was passed since the start, rule or not.
+        waiting: the rules by their handles.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self._rules: dict[int, Rule] = {}
+        self.waiting: dict[int, Rule] = {}
         self._last = 0
         self._seed = seed
-        self.passed: Counter[str] = Counter()
+        self.passed: defaultdict[str, int] = defaultdict(int)
 
     def add(self, rule: Rule) -> Rule:
         """Add a rule, under a handle of its own; return it.
@@ -82,12 +84,12 @@ class FaultRules:
         require_sound(rule)
         self._last += 1
         added = replace(rule, rule=self._last, passages=0, hits=0)
-        self._rules[added.rule] = added
+        self.waiting[added.rule] = added
         return added
 
     def restore(self, rules: Iterable[Rule], last: int) -> None:
         """Have these rules wait as they are; ``last`` is the last handle that was given."""
-        self._rules = {rule.rule: rule for rule in rules}
+        self.waiting = {rule.rule: rule for rule in rules}
         self._last = last
 
     @property
@@ -101,16 +103,16 @@ class FaultRules:
         Raises:
             NotFound: NO_SUCH_RULE.
         """
-        if self._rules.pop(rule, None) is None:
+        if self.waiting.pop(rule, None) is None:
             raise NO_SUCH_RULE(f"no fault rule {rule}", field="rule")
 
     def all(self) -> list[Rule]:
         """Return the rules that wait."""
-        return list(self._rules.values())
+        return list(self.waiting.values())
 
     def waits(self, vm: int, point: str) -> bool:
         """Return whether a rule waits at a point of a VM."""
-        return any(r.point == point and r.vm in (0, vm) for r in self._rules.values())
+        return any(r.point == point and r.vm in (0, vm) for r in self.waiting.values())
 
     def passage(self, vm: int, point: str) -> str:
         """Count a passage; return what goes wrong at it, "" for nothing."""
@@ -124,7 +126,7 @@ class FaultRules:
     def _pass(self, vm: int, point: str) -> list[Rule]:
         if point in self.passed or len(self.passed) < POINTS_MAX:
             self.passed[point] += 1
-        return list(self._hit(vm, point)) if self._rules else []
+        return list(self._hit(vm, point)) if self.waiting else []
 
     def _hit(self, vm: int, point: str) -> Iterator[Rule]:
         for rule in self.all():
@@ -133,9 +135,9 @@ class FaultRules:
             passages = rule.passages + 1
             hit = passages >= rule.nth and self._draws(rule, passages)
             now = replace(rule, passages=passages, hits=rule.hits + hit)
-            self._rules[rule.rule] = now
+            self.waiting[rule.rule] = now
             if now.hits == rule.times:
-                del self._rules[rule.rule]
+                del self.waiting[rule.rule]
             if hit:
                 yield now
 

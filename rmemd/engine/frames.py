@@ -15,7 +15,7 @@ from rmemd.model import buddy
 from rmemd.model.files import RestrictedFile
 from rmemd.model.host import ARENA, KEPT, POISON, Stored, Use
 from rmemd.model.ledger import Entry
-from rmemd.units import I64, Bools
+from rmemd.units import I64, Bools, distinct
 
 MPOL_BIND = 2
 MPOL_INTERLEAVE = 3
@@ -84,6 +84,9 @@ def remove(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool)
     Returns:
         The frames that the pages had.
     """
+    if not pgoffs.size:
+        # most files have but one half
+        return pgoffs
     table = file.half(private)
     pfns = np.asarray(table.get(pgoffs), dtype=np.int64) - 1
     tx.put(table, pgoffs, 0)
@@ -108,9 +111,11 @@ def drop(core: Core, tx: Tx, entry: Entry, pfns: I64) -> None:
 def free_orphans(core: Core, tx: Tx, pfns: I64) -> None:
     """Free those frames that have neither owner nor reference any more."""
     host = core.host
-    in_use = np.isin(host.use.get(pfns), (Use.PRIVATE, Use.SHARED))
-    orphan = in_use & (host.owner.get(pfns) == 0) & ~referenced(core, pfns)
-    free_frames(core, tx, pfns[orphan])
+    # seldom any: what else there is to know of a frame is asked of those without an owner
+    pfns = pfns[host.owner.get(pfns) == 0]
+    if pfns.size:
+        in_use = np.isin(host.use.get(pfns), (Use.PRIVATE, Use.SHARED))
+        free_frames(core, tx, pfns[in_use & ~referenced(core, pfns)])
 
 
 def free_frames(core: Core, tx: Tx, pfns: I64) -> None:
@@ -152,13 +157,12 @@ def leak(core: Core, tx: Tx, pfns: I64) -> None:
         tx.emit("frames_leaked", npages=pfns.size, first_pfn=int(pfns[0]))
 
 
-def charge_found(core: Core, tx: Tx, file: RestrictedFile, start: int, npages: int) -> I64:
-    """Charge shared pages that a client filled in by itself; return their page indices.
+def charge_found(core: Core, tx: Tx, file: RestrictedFile, found: I64) -> None:
+    """Charge shared pages that a client filled in by itself, of those that are ``uncharged``.
 
     Clients write through their descriptor without an event, so such pages are looked for where it
     matters. When the host has no frame left, or the tenant may have none, they stay uncharged.
     """
-    found = uncharged(core, file, start, npages)
     if file.info.in_place:
         # what a client put beside a private page is no page of the file: it is discarded
         found = found[(file.attributes.get(found) == 0) & (file.frames.get(found) == 0)]
@@ -167,7 +171,6 @@ def charge_found(core: Core, tx: Tx, file: RestrictedFile, start: int, npages: i
     if found.size:
         allocate(core, tx, file, found, private=False)
         tx.emit("shared_found", file=file.info.file, npages=found.size)
-    return found
 
 
 def uncharged(core: Core, file: RestrictedFile, start: int, npages: int) -> I64:
@@ -204,7 +207,7 @@ def _by_policy(
     every = tuple(node.node for node in core.host.nodes)
     numbers, policies = file.policy_at(pgoffs)
     groups: list[tuple[Bools, tuple[int, ...]]] = []
-    for number in np.unique(numbers).tolist():
+    for number in distinct(numbers).tolist():
         mask = numbers == number
         policy = policies.get(number)
         if policy is None or not policy.nodes:

@@ -6,9 +6,9 @@ in place, or hand the status to the guest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
+from rmemd.deferred import dataclass
 from rmemd.engine.convert import convert_by_guest, discard
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Steps

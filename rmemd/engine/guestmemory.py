@@ -7,11 +7,11 @@ shared ones through the file's shared memfd.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import userfault
 from rmemd.engine.core import Core, kill, private_key
 from rmemd.engine.driver import Steps

@@ -18,7 +18,7 @@ from rmemd.hooks.tables import Write
 from rmemd.model.host import Stored, Use
 from rmemd.model.sessions import ADMIN
 from rmemd.model.vms import Vm
-from rmemd.store.keeping import ARENA, FILE_PREFIX, file_name
+from rmemd.store.keeping import ARENA, FILE_PREFIX
 from rmemd.store.memfd import is_sealed
 from rmemd.units import MAX_GFN
 
@@ -192,11 +192,14 @@ def quotas(core: Core) -> Iterator[str]:
 
 
 def descriptors(core: Core) -> Iterator[str]:
-    """I20: each shared memfd is a live file's.
+    """I20: each shared memfd is a live file's, or a spare one of a live session.
 
     I23: what can be passed is sealed and 0600: the shared memfds, and not the arena.
     """
-    for number, fd in core.shared_descriptors().items():
+    for session, _, _ in core.shared.spares():
+        if not core.sessions.exists(session):
+            yield f"I20: a spare memfd outlives session {session}"
+    for number, fd in core.shared.descriptors().items():
         if not core.files.exists(number):
             yield f"I20: the shared memfd of file/{number} outlives it"
         if not is_sealed(fd):
@@ -204,11 +207,11 @@ def descriptors(core: Core) -> Iterator[str]:
 
 
 def kept(core: Core) -> Iterator[str]:
-    """I20: what is kept beyond the process is the arena and each live file's memfd, and no more."""
+    """I20: what is kept beyond the process is the arena and each shared memfd, and no more."""
     names = core.keeping.names
     if names is None:
         return
-    meant = {file_name(number) for number in core.shared_descriptors()} | {ARENA}
+    meant = core.shared.names() | {ARENA}
     there = {name for name in names if name.startswith(FILE_PREFIX) or name == ARENA}
     for name in sorted(meant - there):
         yield f"I20: {name} is not kept, and would be lost"

@@ -31,7 +31,7 @@ def read_shared(
     def one() -> Steps[bytes]:
         yield from ()
         require_granted(core, session, number, offset, length, write=False)
-        file = touch(core, number, offset, length, write=False)
+        file, _ = touch(core, number, offset, length, write=False)
         return core.shared_memory(file).read_bytes(offset, length)
 
     return (yield from userfault.unit(core, one))
@@ -45,7 +45,7 @@ def write_shared(
     def one() -> Steps[None]:
         yield from ()
         require_granted(core, session, number, offset, len(data), write=True)
-        file = touch(core, number, offset, len(data), write=True)
+        file, _ = touch(core, number, offset, len(data), write=True)
         core.shared_memory(file).write_bytes(offset, data)
 
     yield from userfault.unit(core, one)
@@ -92,7 +92,9 @@ def shared_descriptor(core: Core, number: int, session: int, read_only: bool) ->
     size_bytes = file.info.size_pages * PAGE_SIZE
     require_granted(core, session, number, 0, size_bytes, write=not read_only)
     _require_mappable(file)
-    return core.shared_memory(file).open_anew(read_only)
+    fd = core.shared_memory(file).open_anew(read_only)
+    core.shared.give(number, session)
+    return fd
 
 
 def _require_mappable(file: RestrictedFile) -> None:
@@ -103,8 +105,13 @@ def _require_mappable(file: RestrictedFile) -> None:
         )  # fmt: skip
 
 
-def touch(core: Core, number: int, offset: int, length: int, write: bool) -> RestrictedFile:
-    """Fault a range of bytes in, as a touch through the host's mapping does; return the file.
+def touch(
+    core: Core, number: int, offset: int, length: int, write: bool
+) -> tuple[RestrictedFile, I64]:
+    """Fault a range of bytes in, as a touch through the host's mapping does.
+
+    Returns:
+        The file, and the frames of the pages that were touched, int64.
 
     Raises:
         InvalidArgument: BAD_RANGE.
@@ -135,14 +142,14 @@ def touch(core: Core, number: int, offset: int, length: int, write: bool) -> Res
                 page=f"pgoff {int(private[0]):#x}", state="private",
                 rule="restrictedmem.md §2: host fault",
             )  # fmt: skip
-    table = file.half(private=False)
-    present = table.get(wanted)
-    poisoned = core.host.poisoned(present[present > 0] - 1)
+    found: I64 = np.asarray(file.half(private=False).get(wanted), dtype=np.int64) - 1
+    there = found[found >= 0]
+    poisoned = core.host.poisoned(there)
     if poisoned.any():
-        at = np.flatnonzero(present > 0)[poisoned]
-        frames.refuse_poisoned(file, wanted[at], present[at] - 1)
-    holes = wanted[present == 0]
-    if holes.size:
+        at = np.flatnonzero(found >= 0)[poisoned]
+        frames.refuse_poisoned(file, wanted[at], found[at])
+    if there.size < npages:
+        holes = wanted[found < 0]
         userfault.require_present(
             core, file, holes, private=False, write=write,
             unchanged=lambda: not file.info.in_place or not _private_pages(file, wanted).size,
@@ -150,7 +157,8 @@ def touch(core: Core, number: int, offset: int, length: int, write: bool) -> Res
         with core.tx("host fault") as tx:
             pfns = frames.allocate(core, tx, file, holes, private=False)
             settle(core, tx, file, holes, pfns)
-    return file
+        found[found < 0] = pfns
+    return file, found
 
 
 def _private_pages(file: RestrictedFile, wanted: I64) -> I64:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from inspect import cleandoc
 
+from rmemd.deferred import dataclass
 from rmemd.engine import holderinvariants, pageinvariants, transitions
 from rmemd.engine.core import Core
 from rmemd.engine.monitors import Monitors

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.errors import PLUGIN_NONSENSE, REVISION_COMPACTED, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.store.codec import NoteEntry, Record, encode_note, encode_record
@@ -28,8 +29,9 @@ CHECKPOINT_EVENTS = 1024
 # a log this much longer than its checkpoint gets a new one; a large state is worth more log
 CHECKPOINT_BYTES = 16 << 20
 CHECKPOINT_RATIO = 4
-
-
+# events are kept as they were told, and made texts for who asks: few are ever looked at
+UNCHANGING = frozenset((str, int, bool))
+_Kept = tuple[int, str, str, dict[str, Any]]
 # of a record's key, in a message
 KEY_MAX = 64
 # what the codec raises of a value that is not plain
@@ -74,8 +76,9 @@ class Journal:
         self._log = log
         self._header = dict(header or {})
         self._pending: list[bytes] = []
+        self._pending_bytes = 0
         self._checkpoint_bytes = 0
-        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._events: deque[_Kept] = deque(maxlen=KEPT_EVENTS)
         self._compacted = 0
 
     def append(self, tx: Tx) -> int:
@@ -113,6 +116,7 @@ class Journal:
         assert self._log is not None
         self._log.append(b"".join(self._pending))
         self._pending.clear()
+        self._pending_bytes = 0
 
     def settle(self) -> None:
         """Flush at the end of an operation, and begin the log anew if it has become long.
@@ -158,10 +162,8 @@ class Journal:
     def newest_events(self) -> Iterator[Record]:
         """Return records of no writes that carry the newest events over to a checkpoint."""
         newest = list(islice(reversed(self._events), CHECKPOINT_EVENTS))[::-1]
-        for revision, events in groupby(newest, lambda event: event.revision):
-            told = list(events)
-            carried = tuple((event.kind, {**event.fields, "vm": event.vm}) for event in told)
-            yield Record(revision, told[0].operation, (), carried)
+        for (revision, operation), events in groupby(newest, itemgetter(0, 1)):
+            yield Record(revision, operation, (), tuple(event[2:] for event in events))
 
     def events_after(self, revision: int) -> list[Event]:
         """Return the events after a revision, oldest first.
@@ -192,22 +194,29 @@ class Journal:
     def _buffer(self, entry: bytes) -> None:
         assert self._log is not None
         # so that nothing can fail between the commit in memory and the frame
-        self._log.reserve(sum(map(len, self._pending)) + len(entry))
+        nbytes = self._pending_bytes + len(entry)
+        self._log.reserve(nbytes)
         self._pending.append(entry)
+        self._pending_bytes = nbytes
 
     def _keep_events(self, record: Record) -> None:
         for kind, fields in record.events:
             if len(self._events) == KEPT_EVENTS:
-                self._compacted = self._events[0].revision
-            vm = int(fields.get("vm", 0))
-            named = {key: str(value) for key, value in fields.items() if key != "vm"}
-            self._events.append(Event(record.revision, record.label, kind, vm, named))
+                self._compacted = self._events[0][0]
+            if not UNCHANGING.issuperset(map(type, fields.values())):
+                fields = {key: str(value) for key, value in fields.items()}
+            self._events.append((record.revision, record.label, kind, fields))
 
     def _newest(self, revision: int) -> Iterator[Event]:
-        for event in reversed(self._events):
-            if event.revision <= revision:
+        for kept in reversed(self._events):
+            if kept[0] <= revision:
                 return
-            yield event
+            yield _event(*kept)
+
+
+def _event(revision: int, operation: str, kind: str, fields: dict[str, Any]) -> Event:
+    named = {key: str(value) for key, value in fields.items() if key != "vm"}
+    return Event(revision, operation, kind, int(fields.get("vm", 0)), named)
 
 
 def fault_of(tx: Tx) -> RmemError | None:

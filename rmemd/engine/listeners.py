@@ -7,7 +7,8 @@ must not block, raise, or call the engine; a door puts the news in a queue and w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from rmemd.deferred import dataclass
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from rmemd.engine import frames
 from rmemd.engine.bracket import invalidating, views_of, views_of_half
 from rmemd.engine.core import Core
@@ -48,8 +50,14 @@ MPOL_DEFAULT, MPOL_BIND, MPOL_INTERLEAVE = 0, 2, 3
 BATCH_PAGES = 1 << 16
 
 
-def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[RestrictedFile]:
-    """KVM_CREATE_GUEST_MEMFD: flags are checked before the size."""
+def create(
+    core: Core, vm_id: int, size_bytes: int, flags: int, session: int = 0, spare: int = 0
+) -> Steps[RestrictedFile]:
+    """KVM_CREATE_GUEST_MEMFD: flags are checked before the size.
+
+    ``spare`` is a file that the ``session`` which asks has closed, whose shared memory serves again
+    if it was set aside and is of this size.
+    """
     yield from ()
     vm = core.vms.alive(vm_id)
     if flags & ~FLAGS_ADVERTISED:
@@ -60,8 +68,13 @@ def create(core: Core, vm_id: int, size_bytes: int, flags: int) -> Steps[Restric
     if size_bytes <= 0 or not is_page_aligned(size_bytes):
         reason = NOT_PAGE_ALIGNED if size_bytes > 0 else BAD_RANGE
         raise reason(f"size {size_bytes} is not a positive multiple of 4096", field="size_bytes")
+    if session:
+        core.sessions.alive(session)
     with core.tx("create file") as tx:
-        return new_file(core, tx, vm, bytes_to_pages(size_bytes), flags)
+        file = new_file(core, tx, vm, bytes_to_pages(size_bytes), flags)
+    if spare and _is_its_own(core, file, session):
+        core.shared.take(file.info.file, spare, session, file.info.size_pages)
+    return file
 
 
 def new_file(core: Core, tx: Tx, vm: Vm, size_pages: int, flags: int) -> RestrictedFile:
@@ -200,15 +213,49 @@ def _discard(core: Core, number: int, start: int, npages: int) -> Steps[None]:
         tx.drop(core.files.discards, (number, start))
 
 
-def close_file(core: Core, number: int) -> Steps[int]:
+def close_file(core: Core, number: int, session: int = 0) -> Steps[int]:
     """Close a restricted file as its owner does; the memory behind a slot goes with the slot.
+
+    Its shared memory is set aside for a session that nobody else can reach it beside.
 
     Raises:
         InvalidArgument: BAD_REQUEST; it is such memory.
     """
     restricted(core, number)
-    freed = yield from _close(core, number)
-    return decided(freed, partial(forget, core, [number]))
+    freed, alone = yield from _close(core, number, session)
+    end = partial(_set_aside, core, number, session) if alone else partial(forget, core, [number])
+    return decided(freed, end)
+
+
+def _is_alone(core: Core, number: int, session: int) -> bool:
+    """Return whether nobody but a live session can reach a file's shared memory."""
+    if not (core.shared.is_only(number, session) and core.sessions.is_alive(session)):
+        return False
+    file = core.files.get(number)
+    if not _is_its_own(core, file, session):
+        return False
+    half = file.half(private=False)
+    present = half.touched(0, file.info.size_pages)
+    # who holds a page may write to it when the file is gone
+    pfns = np.asarray(half.get(present), dtype=np.int64) - 1
+    return not present.size or not frames.referenced(core, pfns).any()
+
+
+def _is_its_own(core: Core, file: RestrictedFile, session: int) -> bool:
+    """Return whether a file is of a session's own tenant: an admin makes and closes others' too."""
+    return core.sessions.get(session).tenant == file.info.owner.tenant
+
+
+def _set_aside(core: Core, number: int, session: int) -> Steps[None]:
+    """Have the shared memory of a file that is gone be spare, for the session's next one."""
+    tenant = core.sessions.get(session).tenant
+    try:
+        core.quotas.charge_frames(core, tenant, core.shared.npages(number))
+    except RmemError:
+        # it counts as the tenant's frames, and there is no room for it
+        yield from forget(core, [number])
+    else:
+        core.shared.set_aside(number, tenant)
 
 
 def restricted(core: Core, number: int) -> RestrictedFile:
@@ -229,7 +276,7 @@ def restricted(core: Core, number: int) -> RestrictedFile:
 
 def close(core: Core, number: int) -> Steps[None]:
     """Drop the last reference of a file, as a part of another operation."""
-    yield from _close(core, number)
+    yield from _close(core, number, session=0)
     yield from forget(core, [number])
 
 
@@ -237,14 +284,15 @@ def forget(core: Core, numbers: list[int]) -> Steps[None]:
     """Let the shared memory of files go that a record says are gone."""
     yield from ()
     for number in numbers:
-        core.forget_shared_memory(number)
+        core.shared.forget(number)
 
 
-def _close(core: Core, number: int) -> Steps[int]:
-    def one() -> Steps[int]:
+def _close(core: Core, number: int, session: int) -> Steps[tuple[int, bool]]:
+    def one() -> Steps[tuple[int, bool]]:
         yield from ()
+        alone = _is_alone(core, number, session)
         with core.tx("close file") as tx:
-            return drop(core, tx, number)
+            return drop(core, tx, number), alone
 
     return (yield from core.unit(one))
 

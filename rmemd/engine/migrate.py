@@ -9,11 +9,12 @@ pages move by invalidation, whatever the consumer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import IntEnum
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import held_by_others, in_progress, views_of
 from rmemd.engine.core import Core
@@ -26,10 +27,10 @@ from rmemd.model import buddy
 from rmemd.model.files import FLAG_ANONYMOUS, RestrictedFile
 from rmemd.model.host import Stored, Use
 from rmemd.model.vms import Vm, unpack
-from rmemd.units import I64, Bools, run_breaks
+from rmemd.units import I64, Bools, distinct, run_breaks
 
 # a folio batch: what is moved in one transaction
-BATCH_PAGES = 512
+BATCH_PAGES = 2048
 
 
 class Outcome(IntEnum):
@@ -109,7 +110,7 @@ def migrate_to(
     report.done += src.size - int(owned.sum())
     src, dst = src[owned], None if dst is None else dst[owned]
     files = core.host.owner.get(src)
-    for number in np.unique(files).tolist():
+    for number in distinct(files).tolist():
         if report.is_stopped():
             return
         of_file = np.flatnonzero(files == number)
@@ -268,7 +269,7 @@ def _bound_pages(core: Core, file: RestrictedFile, pgoffs: I64) -> list[tuple[Vm
     """Return, per VM, the guest frames of the pages that are bound, and which pages those are."""
     vm_of, gfns = _gfns(file, pgoffs)
     found = []
-    for number in np.unique(vm_of[vm_of > 0]).tolist():
+    for number in distinct(vm_of[vm_of > 0]).tolist():
         mine = vm_of == number
         found.append((core.vms.get(number), gfns[mine], mine))
     return found
@@ -340,7 +341,8 @@ def _repoint(
     for mask, table in ((private, file.half(True)), (shared, file.half(False))):
         tx.put(table, pgoffs[mask], dst[mask] + 1)
     tx.put(host.stored, dst[shared], int(Stored.SHARED))
-    core.ledger.move(tx, src, dst)
+    # whoever else held one of them would have made it busy
+    core.ledger.move(tx, src, dst, f"vm/{file.info.vm}")
 
 
 def _unblock(

@@ -9,12 +9,12 @@ here does any I/O: ``notify`` is whoever brings the news to a session.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.model.userfaults import Userfaults
-from rmemd.units import I64, coalesce, pages
+from rmemd.units import I64, coalesce, distinct, pages
 
 NO_PAGES: I64 = np.empty(0, dtype=np.int64)
 FAULT, REMOVED = "fault", "removed"
@@ -172,7 +172,7 @@ class PendingFaults:
             np.setdiff1d(fault.pgoffs, self._told.get((file, fault.private), NO_PAGES))
             for fault in self.waiting if fault.file == file
         ]  # fmt: skip
-        wanted = np.unique(np.concatenate([NO_PAGES, *untold]))
+        wanted = distinct(np.concatenate([NO_PAGES, *untold]))
         for session in self._sessions(file):
             if self._userfaults.covers(file, wanted, session).any():
                 self.notify(session)

@@ -7,10 +7,9 @@ comes back is ciphertext, zeros, ones or a fault.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine.bracket import invalidating, views_of_half
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core, kill
@@ -22,7 +21,7 @@ from rmemd.model.buddy import take_exactly
 from rmemd.model.files import RestrictedFile
 from rmemd.model.host import POISON, Stored, Use
 from rmemd.model.vms import Vm
-from rmemd.units import I64, PAGE_SIZE, U8
+from rmemd.units import I64, PAGE_SIZE, U8, distinct
 
 ACCESS_PAGES_MAX = 256
 _VIEW = {view: i for i, view in enumerate(HOST_VIEWS)}
@@ -146,7 +145,7 @@ def _write_shared(core: Core, pfns: I64, rows: U8) -> None:
 
 def _by_file(core: Core, pfns: I64) -> list[tuple[RestrictedFile, np.ndarray]]:
     owner = core.host.owner.get(pfns)
-    return [(core.files.get(n), owner == n) for n in np.unique(owner).tolist()]
+    return [(core.files.get(n), owner == n) for n in distinct(owner).tolist()]
 
 
 # --- poison ----------------------------------------------------------------------------------

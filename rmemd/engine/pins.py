@@ -16,7 +16,7 @@ from rmemd.errors import BAD_REQUEST, NOT_HELD
 from rmemd.hooks.tx import Tx
 from rmemd.model.ledger import Entry
 from rmemd.model.sessions import NOBODY, Owner, PagePin
-from rmemd.units import I64, pages
+from rmemd.units import I64, distinct, pages
 
 # the ledger's purpose of references that a session took
 GET = "get"
@@ -49,15 +49,14 @@ def pin(
         yield from ()
         require_granted(core, owner.session, number, offset, length, write=True)
         core.quotas.charge_pins(core, owner.tenant, npages)
-        file = touch(core, number, offset, length, write=True)
+        _, pfns = touch(core, number, offset, length, write=True)
         with core.tx("pin") as tx:
-            found = file.half(private=False).get(pages(start, npages))
             handle = tx.next_id("pin")
             who = f"session {owner.session}" if owner.session else holder
             held = PagePin(handle, number, start, npages, purpose, f"{who} pin {handle}", owner)
             core.sessions.add_pin(tx, held)
             entry = Entry(held.holder, purpose, longterm=True)
-            core.ledger.hold(tx, entry, np.asarray(found, dtype=np.int64) - 1)
+            core.ledger.hold(tx, entry, pfns)
             tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
             return handle
 
@@ -130,7 +129,7 @@ def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
         inside = (pfns >= 0) & (pfns < core.host.nframes)
         held = np.zeros(pfns.size, dtype=np.bool_)
         held[inside] = core.ledger.held(entry, pfns[inside])
-        if not held.all() or np.unique(pfns).size != pfns.size:
+        if not held.all() or distinct(pfns).size != pfns.size:
             at = int(np.argmin(held))
             raise NOT_HELD(
                 f"{info.label} has no reference on pfn {int(pfns[at]):#x} to drop",

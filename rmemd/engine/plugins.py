@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import EntryPoint
 
 from rmemd.consumers import discovery
 from rmemd.consumers.registry import Found, Staged, as_found, one_line, require_offer
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
 from rmemd.engine.swap import Swapped, flip, require_quiet, succeed
@@ -180,7 +181,7 @@ def _unload(core: Core, name: str) -> Steps[list[str]]:
         raise PLUGIN_IN_USE(f"{name} has consumers of {labels}", field="name", state=labels)
     offered = sorted(key for key, offer in core.registry.offers.items() if offer.platform == name)
     with core.tx("unload plugin") as tx:
-        for table in [t for t in core.space.tables if t.startswith(f"platform/{name}/")]:
+        for table in core.space.below(f"platform/{name}"):
             tx.destroy(table)
         tx.emit("plugin_unloaded", plugin=name)
     core.registry.remove(name)

@@ -6,10 +6,9 @@ is finalized, a prefix kept on refusal) and KVM_PRE_FAULT_MEMORY.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
@@ -30,7 +29,9 @@ from rmemd.hooks.types import PageKind, Populated, Runs
 from rmemd.model.vms import Slot, Vm
 from rmemd.units import MAX_GFN, PAGE_SIZE, Bools, bytes_to_pages, is_page_aligned, pages
 
+# pages of initial memory in one transaction, and of a fault, which carries no bytes
 BATCH_PAGES = 512
+FAULT_PAGES = 2048
 # what a page is refused for by itself, so that those before it are done
 ONE_PAGES = (Kind.POISON, Kind.EXHAUSTED)
 
@@ -176,7 +177,7 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
         )
     result = PreFaulted(0, size, 0, Trace())
     first, npages = gpa // PAGE_SIZE, bytes_to_pages(size)
-    batch = BATCH_PAGES
+    batch = FAULT_PAGES
     while result.done_pages < npages:
         at = first + result.done_pages
         n = min(batch, npages - result.done_pages)
@@ -193,7 +194,7 @@ def pre_fault(core: Core, number: int, gpa: int, size: int, traced: bool) -> Ste
         except RmemError:
             if n > 1:
                 # one page of them is refused: those before it are done all the same
-                batch = 1
+                batch = n // 2
                 continue
             if not result.done_pages:
                 raise

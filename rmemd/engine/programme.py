@@ -5,11 +5,11 @@ Owns the instruction set, its checks, and how written bytes are made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, NOT_PAGE_ALIGNED, RmemError
 from rmemd.hooks.types import GuestCall
 from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, is_page_aligned

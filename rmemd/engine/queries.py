@@ -1,29 +1,21 @@
-"""What can be asked without changing anything: page maps, pages, accounts.
+"""What can be asked without changing anything: page maps, accounts; ``onepage`` has a page's story.
 
 Owns the read side. Every query runs under the lock and answers for one revision.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
-from rmemd.engine.compact import movable_frames
 from rmemd.engine.core import Core
-from rmemd.engine.fault import is_private
-from rmemd.errors import FOLIO_BUSY, FOLIO_UNMOVABLE, HW_POISON, Holder
 from rmemd.model.files import RestrictedFile
-from rmemd.model.host import POISON, Stored, Use
-from rmemd.model.ledger import PIN_BIAS
+from rmemd.model.host import POISON, Use
 from rmemd.model.vms import Slot, Vm, unpack
-from rmemd.units import I64, pages
-
-STORED_NAMES = {
-    Stored.RAW_ZERO: "raw zero", Stored.KEY_ZERO: "zero under key", Stored.BYTES: "bytes",
-    Stored.SHARED: "shared", Stored.TAINTED: "tainted",
-}  # fmt: skip
+from rmemd.units import I64, distinct, pages
 
 
 @dataclass
@@ -54,29 +46,6 @@ class FrameMap:
 
 
 @dataclass(frozen=True)
-class Page:
-    """One page's whole story."""
-
-    pfn: int
-    node: int
-    use: Use
-    file: int
-    pgoff: int
-    vm: int
-    gfn: int
-    is_private: bool
-    mapped: bool
-    vendor_state: str
-    content: str
-    references: int
-    pins: int
-    expected: int
-    holders: tuple[Holder, ...]
-    unmovable: str
-    poisoned: bool
-
-
-@dataclass(frozen=True)
 class Account:
     """One file's use of memory, in pages."""
 
@@ -101,7 +70,7 @@ def frame_map(core: Core, start: int, npages: int) -> FrameMap:
         np.zeros(pfns.size, dtype=np.int64), none, np.zeros(pfns.size, dtype=np.bool_),
         np.zeros(pfns.size, dtype=np.int64), (host.flags.get(pfns) & POISON) != 0,
     )  # fmt: skip
-    for number in np.unique(owner[owner > 0]).tolist():
+    for number in distinct(owner[owner > 0]).tolist():
         _fill_in(core, found, core.files.get(number), np.flatnonzero(owner == number))
     return found
 
@@ -135,40 +104,12 @@ def _name_states(core: Core, found: FrameMap, vm: Vm, at: I64) -> None:
     found.state[at] = numbers[states.codes]
 
 
-def page(core: Core, pfn: int) -> Page:
-    """Return everything known of the page on a frame."""
-    host = core.host
-    m = frame_map(core, pfn, 1)
-    vm = core.vms.get(int(m.vm[0])) if m.vm[0] else None
-    private = bool(m.use[0] == Use.PRIVATE)
-    if vm is not None:
-        private = bool(is_private(core, vm, m.gfn[:1], vm.slot_at(int(m.gfn[0])))[0])
-    cached = int(host.owner.at(pfn) != 0)
-    references, pins = cached + host.refs.at(pfn), host.pins.at(pfn)
-    return Page(
-        pfn, host.node_of(pfn), Use(host.use.at(pfn)), int(m.file[0]),
-        int(m.pgoff[0]) if m.file[0] else 0, int(m.vm[0]), int(m.gfn[0]), private,
-        bool(m.mapped[0]), m.state_names[int(m.state[0])],
-        STORED_NAMES[Stored(host.stored.at(pfn))],
-        references, pins, cached, core.ledger.holders(pfn),
-        _why_unmovable(core, pfn, references + pins * PIN_BIAS, cached), bool(m.poisoned[0]),
-    )  # fmt: skip
-
-
-def _why_unmovable(core: Core, pfn: int, counted: int, expected: int) -> str:
-    if core.host.flags.at(pfn) & POISON:
-        return HW_POISON.name
-    if not movable_frames(core, np.array([pfn]))[0]:
-        return FOLIO_UNMOVABLE.name if core.host.owner.at(pfn) else ""
-    return FOLIO_BUSY.name if counted > expected else ""
-
-
 def guest_frames(core: Core, vm: Vm, gfn: int, npages: int) -> I64:
     """Return the frames behind a guest range, mapped or not; pages without a frame are left out."""
     found, _ = unpack(vm.mirror.get(vm.mirror.touched(gfn, npages)))
     behind = [found]
     _, _, numbers = vm.slotmap.runs(gfn, npages)
-    for number in np.unique(numbers[numbers > 0]).tolist():
+    for number in distinct(numbers[numbers > 0]).tolist():
         slot: Slot = vm.slots[number - 1]
         if not core.files.exists(slot.file):
             continue
@@ -176,7 +117,7 @@ def guest_frames(core: Core, vm: Vm, gfn: int, npages: int) -> I64:
         file, first = core.files.get(slot.file), lo - slot.gfn + slot.pgoff
         for table in (file.frames, file.shared):
             behind.append(table.get(table.touched(first, hi - lo)) - 1)
-    return np.unique(np.concatenate(behind))
+    return distinct(np.concatenate(behind))
 
 
 def account(core: Core, file: RestrictedFile) -> Account:

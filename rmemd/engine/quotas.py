@@ -8,9 +8,10 @@ carried along, so that a tenant far from its limit costs an addition.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from rmemd.deferred import dataclass
 from rmemd.errors import QUOTA, RmemError
 
 if TYPE_CHECKING:
@@ -129,8 +130,8 @@ def over(what: str, tenant: str, used: int, more: int, limit: int) -> RmemError:
 
 
 def frames_used(core: Core, tenant: str) -> int:
-    """Return how many frames the tenant's files own."""
-    used = 0
+    """Return how many frames the tenant's files own, and those of its sessions' spare memory."""
+    used = core.shared.spare_pages(tenant)
     for file in core.files.all():
         if file.info.owner.tenant == tenant:
             size = file.info.size_pages

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from rmemd.deferred import dataclass
 from rmemd.engine.waits import RANGE, Operation, Retry, WaitFor, Waits, pages_text
 from rmemd.units import I64
 

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine.journal import Journal
 from rmemd.engine.notes import Notes
+from rmemd.engine.sharedmemory import SHARED_MEMFDS
 from rmemd.errors import RmemError
 from rmemd.hooks.tables import Space
 from rmemd.hooks.tx import Tx
@@ -31,16 +33,14 @@ from rmemd.model.host import ARENA, Stored, Use
 from rmemd.model.vms import Vm, unpack
 from rmemd.store.codec import NoteEntry, Record, decode, encode_note, encode_record
 from rmemd.store.keeping import ARENA as ARENA_NAME
-from rmemd.store.keeping import FILE_PREFIX, JOURNALS, Keeping, file_name
+from rmemd.store.keeping import FILE_PREFIX, JOURNALS, Keeping
 from rmemd.store.log import Log
-from rmemd.units import I64, PAGE_SIZE, U8, U64, pages
+from rmemd.units import I64, PAGE_SIZE, U8, U64, distinct, pages
 
 if TYPE_CHECKING:
     from rmemd.engine.core import Core
     from rmemd.engine.driver import Steps
 
-# notes of the files that have a shared memfd: one that is not found after a restart is lost
-SHARED_MEMFDS = "shared memfds"
 # notes of shared holes that are being filled: (file, pgoff) -> pages, until the record is written
 FILLING = "filling"
 # what a frame holds, which is all that a write in place changes
@@ -209,7 +209,7 @@ def _take_shared_memfds(core: Core) -> list[str]:
     had = {number for number, _ in core.notes.items(SHARED_MEMFDS)}
     lost = []
     for file in core.files.all():
-        name = file_name(file.info.file)
+        name = core.shared.name(file.info.file)
         if name in core.keeping.found:
             core.shared_memory(file)
         elif file.info.file in had:
@@ -255,7 +255,7 @@ def _give_up(core: Core, missing: I64) -> list[str]:
     with core.tx("reopen: arena") as tx:
         tx.put(host.flags, missing, host.flags.get(missing) & ~ARENA)
         core.controller.taint(tx, gone)
-    owners = np.unique(host.owner.get(gone))
+    owners = distinct(host.owner.get(gone))
     vms = {core.files.get(n).info.vm for n in owners[owners > 0].tolist()}
     for vm in sorted(vms):
         _lose(core, vm)

@@ -6,12 +6,12 @@ before parents', and nothing of anybody else's changes (reliability.md §3, I14)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
@@ -26,6 +26,7 @@ from rmemd.errors import (
     TOKEN_UNKNOWN,
 )
 from rmemd.model.sessions import DEVICE, GUEST, ROLES, GrantRange, SessionInfo
+from rmemd.units import distinct
 
 # the kind of notes that are tickets not redeemed yet
 TICKETS = "tickets"
@@ -190,10 +191,15 @@ def close_session(
 
 def _to_be_released(core: Core, doomed: list[SessionInfo]) -> Closed:
     numbers = tuple(info.session for info in doomed)
-    vms = tuple(vm.info.vm for vm in core.vms.all() if vm.info.owner.session in numbers)
+    vms = tuple(_of_sessions(core.vms.of_session, numbers))
     holders = [info.label for info in doomed]
-    holders += [pin.holder for pin in core.sessions.pins() if pin.owner.session in numbers]
+    holders += [pin.holder for number in numbers for pin in core.sessions.pins_of(number)]
     return Closed(numbers, sum(core.ledger.frames(holder).size for holder in holders), vms)
+
+
+def _of_sessions(of_session: Callable[[int], list[int]], numbers: Iterable[int]) -> list[int]:
+    """Return the VMs, or files, of sessions, oldest first."""
+    return sorted(owned for number in numbers for owned in of_session(number))
 
 
 def finish_closing(core: Core) -> Steps[Closed]:
@@ -203,7 +209,7 @@ def finish_closing(core: Core) -> Steps[Closed]:
 
 def _release(core: Core, doomed: list[SessionInfo]) -> Steps[Closed]:
     numbers = {info.session for info in doomed}
-    vms = [vm.info.vm for vm in core.vms.all() if vm.info.owner.session in numbers]
+    vms = _of_sessions(core.vms.of_session, numbers)
     core.leaving.update(vms)
     core.wake_waiting()
     released = {}
@@ -217,8 +223,10 @@ def _release(core: Core, doomed: list[SessionInfo]) -> Steps[Closed]:
                 yield from lifecycle.end_vm(core, vm)
     finally:
         core.leaving.difference_update(vms)
-    for file in [file.info for file in core.files.all() if file.info.owner.session in numbers]:
-        yield from memory.close(core, file.file)
+    for file in _of_sessions(core.files.of_session, numbers):
+        yield from memory.close(core, file)
+    for number in numbers:
+        core.shared.let_go(number)
     # before anybody is told: who hears of the end finds the frames free
     yield from core.scrub()
     with core.tx("close session") as tx:
@@ -243,10 +251,9 @@ def _mark(core: Core, number: int) -> Steps[list[SessionInfo]]:
 
 def _unmark(core: Core, doomed: list[SessionInfo]) -> Steps[None]:
     yield from ()
-    there = {info.session for info in core.sessions.all()}
     with core.tx("session stays") as tx:
         for info in doomed:
-            if info.session in there:
+            if core.sessions.exists(info.session):
                 core.sessions.update(tx, info, closing=False)
 
 
@@ -257,5 +264,5 @@ def _let_go(core: Core, info: SessionInfo) -> Steps[int]:
         held = [core.ledger.forget(tx, info.label)]
         for pin in core.sessions.pins_of(info.session):
             held.append(pins.release_pin(core, tx, pin))
-        frames.free_orphans(core, tx, np.unique(np.concatenate(held)))
+        frames.free_orphans(core, tx, distinct(np.concatenate(held)))
     return int(sum(pfns.size for pfns in held))

@@ -10,12 +10,13 @@ Which loss of an op is unsafe, and because of which live state, is ``engine.swap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from rmemd.consumers.guard import Consumer, Platform
 from rmemd.consumers.registry import Offer
+from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import pin_entries, pin_entry
 from rmemd.engine.core import Core
@@ -35,7 +36,7 @@ from rmemd.hooks.tables import Dense
 from rmemd.hooks.tx import Tx
 from rmemd.hooks.types import Pin
 from rmemd.model.vms import Vm
-from rmemd.units import I64, MAX_GFN
+from rmemd.units import I64, MAX_GFN, distinct
 
 MICROSECONDS = 1_000_000
 
@@ -250,7 +251,7 @@ def _rehold(core: Core, tx: Tx, vm: Vm, old: Consumer, new: Consumer) -> tuple[i
         How many pages are held no more, and how many are held that were not.
     """
     private, _ = vm.mapped(0, MAX_GFN)
-    pfns = np.unique(private.pfns())
+    pfns = distinct(private.pfns())
     pin: Pin | None = None
     if new.ops.pin is not None and pfns.size:
         pin = new.call(tx, "pin", private)

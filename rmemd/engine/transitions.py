@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,8 @@ from rmemd.hooks.tx import COUNTERS, Tx
 from rmemd.hooks.types import Runs, Why
 from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import KEPT, POISON, Use
-from rmemd.model.vms import unpack
-from rmemd.units import I64, Bools
+from rmemd.model.vms import Vm, unpack
+from rmemd.units import I64, Bools, distinct
 
 OF_SESSION = re.compile(r"ledger/session (\d+)(?: pin \d+)?/")
 # the tables whose keys are handles -> the counter that they come from
@@ -38,7 +39,7 @@ def flushed(t: Transition) -> Iterator[str]:
         return
     pfns, old, _ = t.changed("host/owner")
     pfns, old = pfns[old != 0], old[old != 0]
-    for number in np.unique(old).tolist():
+    for number in distinct(old).tolist():
         mine = pfns[old == number]
         pgoffs = t.old("host/pgoff", mine)
         for _, binding in t.before.records(f"file/{number}/bindings").items():
@@ -163,9 +164,18 @@ def converted(t: Transition) -> Iterator[str]:
                 yield from _unheld(t, file, fields["pgoff"], fields["npages"])
         elif kind == "attributes_set":
             vm = t.core.vms.get(fields["vm"])
-            wanted = int(bool(fields["private"]))
-            if not vm.attributes.equals(fields["gfn"], fields["npages"], wanted):
+            if not _all_set(t, vm, fields["gfn"], fields["npages"], fields):
                 yield f"I11: {vm.info.label} converted a part of what was asked for"
+
+
+def _all_set(t: Transition, vm: Vm, gfn: int, npages: int, fields: Mapping[str, Any]) -> bool:
+    wanted = int(bool(fields["private"]))
+    if "ranges" not in fields:
+        return vm.attributes.equals(gfn, npages, wanted)
+    # scattered from there on: as many pages as were told, and no others
+    at = t.touched(vm.attributes.name)
+    at = at[np.asarray(vm.attributes.get(at)) == wanted]
+    return at.size == npages and int(at[0]) == gfn
 
 
 def _unheld(t: Transition, file: RestrictedFile, start: int, npages: int) -> Iterator[str]:

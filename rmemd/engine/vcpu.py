@@ -8,11 +8,12 @@ the guest. Pages are faulted in, judged by the consumer, and then read or writte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from typing import TypeVar
 
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
 from rmemd.engine.guestcall import make_call, take_exception

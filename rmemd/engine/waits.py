@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rmemd.deferred import dataclass
 from rmemd.engine.journal import Journal
 from rmemd.errors import Holder, RmemError
 from rmemd.hooks.tables import Write

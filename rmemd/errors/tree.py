@@ -8,9 +8,11 @@ exceptions that carry one, one class a ``Kind``, and their ``Details``. Use them
 from __future__ import annotations
 
 import errno as errno_names
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from typing import Any
+
+from rmemd.deferred import dataclass
 
 # numbers that Python's errno module lacks or spells by an alias
 NUMBERS = {"EHWPOISON": 133}

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Protocol
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.hooks.tables import Dense, Records, Sparse, TableSpec
 from rmemd.hooks.tx import FRAME_KEYS, KEYS, VM_KEYS, ByteOp, Tx, handed_back
 from rmemd.hooks.types import KeySpec

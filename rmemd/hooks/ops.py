@@ -1,21 +1,23 @@
 """From a plugin's object to a frozen table of ops, in which what is absent is ``None``.
 
-Owns the check of names and signatures and the two tables. The object is registered in a
-``pluggy.PluginManager`` of its own; the table is compiled once, and calls go straight to the
-bound methods.
+Owns the check of names and signatures and the two tables. The object is registered with a
+``pluggy.PluginManager`` that has no other meanwhile; the table is compiled once, and calls go
+straight to the bound methods.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
+from threading import RLock
 from types import ModuleType
 from typing import Any
 
 import pluggy
 
+from rmemd.deferred import dataclass
 from rmemd.errors import PLUGIN_INVALID
 from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.spec import (
@@ -111,6 +113,10 @@ def compile_platform(platform: object, name: str) -> PlatformOps:
     return PlatformOps(**_compile(platform, PlatformSpec, name, PLATFORM_MANDATORY))
 
 
+# the managers have one plugin at a time
+_compiling = RLock()
+
+
 class _Manager(pluggy.PluginManager):
     """Looks for hooks among named attributes only: half of what an object has is Python's own."""
 
@@ -126,22 +132,38 @@ class _Manager(pluggy.PluginManager):
 def _compile(
     plugin: object, spec: type, name: str, mandatory: tuple[str, ...]
 ) -> dict[str, Callable[..., Any]]:
-    manager = _Manager(PROJECT)
-    manager.add_hookspecs(spec)
+    with _compiling:
+        functions = _hooks_of(plugin, spec, name)
+    for op, function in functions.items():
+        _check_signature(function, getattr(spec, op), f"{name}.{op}")
+    for op in mandatory:
+        if op not in functions:
+            raise PLUGIN_INVALID(f"{name}: {op} is mandatory and missing", where=f"{name}.{op}")
+    return functions
+
+
+def _hooks_of(plugin: object, spec: type, name: str) -> dict[str, Callable[..., Any]]:
+    manager = _manager(spec)
     try:
         manager.register(plugin, name)
         manager.check_pending()
+        callers = manager.get_hookcallers(plugin) or []
+        return {caller.name: caller.get_hookimpls()[0].function for caller in callers}
     except pluggy.PluginValidationError as error:
+        # which would know the misspelt hook from now on
+        _manager.cache_clear()
         raise PLUGIN_INVALID(f"{name}: {error}", where=name) from error
-    table: dict[str, Callable[..., Any]] = {}
-    for caller in manager.get_hookcallers(plugin) or []:
-        function = caller.get_hookimpls()[0].function
-        _check_signature(function, getattr(spec, caller.name), f"{name}.{caller.name}")
-        table[caller.name] = function
-    for op in mandatory:
-        if op not in table:
-            raise PLUGIN_INVALID(f"{name}: {op} is mandatory and missing", where=f"{name}.{op}")
-    return table
+    finally:
+        if manager.is_registered(plugin):
+            manager.unregister(plugin)
+
+
+@cache
+def _manager(spec: type) -> _Manager:
+    """Return a manager of a specification's hooks, with which nobody is registered."""
+    manager = _Manager(PROJECT)
+    manager.add_hookspecs(spec)
+    return manager
 
 
 @cache

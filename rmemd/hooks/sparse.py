@@ -1,39 +1,36 @@
 """Sparse arrays: values over 2^52 indices that cost what was touched.
 
 Owns ``Sparse``, one of the shapes that state can take. It keeps one value per uniform leaf of 4096
-entries, one per uniform node of 4096 leaves, and bytes only where values are mixed.
+entries, one per uniform node of 4096 leaves, and bytes only where values are mixed. Of a node in
+which only a few entries were ever written it keeps those: most tables are of a few pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
 
+from rmemd.hooks.leaves import (
+    LEAF,
+    LEAF_SHIFT,
+    LEAVES,
+    NODE_PAGES_SHIFT,
+    NODE_SHIFT,
+    Array,
+    Node,
+    by_leaf,
+)
 from rmemd.hooks.writes import TableSpec, Write
 from rmemd.units import I64
 
-LEAF_SHIFT = 12
-LEAF = 1 << LEAF_SHIFT
-NODE_SHIFT = 12
-LEAVES = 1 << NODE_SHIFT
-NODE_PAGES_SHIFT = LEAF_SHIFT + NODE_SHIFT
-
-Array = NDArray[Any]
-
-
-class _Node:
-    """4096 leaves: a value per uniform leaf, and bytes for the mixed ones."""
-
-    __slots__ = ("mixed", "uniform")
-
-    def __init__(self, dtype: DTypeLike, value: int) -> None:
-        self.uniform: Array = np.full(LEAVES, value, dtype=dtype)
-        self.mixed: dict[int, Array] = {}
+# up to so many entries are kept and handled one by one: numpy would cost more
+FEW = 16
+# what is kept of a node: one value, a few entries by index while the rest is fill, or all
+_Kept = int | dict[int, int] | Node
 
 
 class Sparse:
@@ -44,35 +41,48 @@ class Sparse:
         self.name = spec.name
         self.dtype = np.dtype(spec.dtype)
         self.fill_value = spec.fill
-        self._nodes: dict[int, int | _Node] = {}
+        self._nodes: dict[int, _Kept] = {}
 
     # --- reading -----------------------------------------------------------------------------
     def at(self, index: int) -> int:
         """Return one value as a Python int."""
         node = self._nodes.get(index >> NODE_PAGES_SHIFT, self.fill_value)
-        if not isinstance(node, _Node):
+        if isinstance(node, int):
             return node
+        if isinstance(node, dict):
+            return node.get(index, self.fill_value)
         leaf = (index >> LEAF_SHIFT) & (LEAVES - 1)
         mixed = node.mixed.get(leaf)
         return int(node.uniform[leaf] if mixed is None else mixed[index & (LEAF - 1)])
 
     def get(self, indices: I64) -> Array:
         """Return the values at ``indices`` (int64, any order), same shape."""
-        out = np.full(indices.shape, self.fill_value, dtype=self.dtype)
-        if indices.size == 0:
-            return out
-        for leaf_id, mask in _by_leaf(indices):
-            node = self._nodes.get(leaf_id >> NODE_SHIFT, self.fill_value)
-            if not isinstance(node, _Node):
-                if node != self.fill_value:
-                    out[mask] = node
-                continue
-            mixed = node.mixed.get(leaf_id & (LEAVES - 1))
-            if mixed is None:
-                out[mask] = node.uniform[leaf_id & (LEAVES - 1)]
-            else:
-                out[mask] = mixed[indices[mask] & (LEAF - 1)]
+        if indices.shape == (1,):
+            return np.array([self.at(indices.item())], dtype=self.dtype)
+        out = np.empty(indices.shape, dtype=self.dtype)
+        if indices.size:
+            for leaf_id, mask in by_leaf(indices):
+                leaf = self._leaf(leaf_id)
+                out[mask] = leaf if isinstance(leaf, int) else leaf[indices[mask] & (LEAF - 1)]
         return out
+
+    def _leaf(self, leaf_id: int) -> int | Array:
+        """Return the value of a uniform leaf, or the values of a mixed one."""
+        node = self._nodes.get(leaf_id >> NODE_SHIFT, self.fill_value)
+        if isinstance(node, int):
+            return node
+        if isinstance(node, dict):
+            few = {at: value for at, value in node.items() if at >> LEAF_SHIFT == leaf_id}
+            return self._of_few(few) if few else self.fill_value
+        mixed = node.mixed.get(leaf_id & (LEAVES - 1))
+        return int(node.uniform[leaf_id & (LEAVES - 1)]) if mixed is None else mixed
+
+    def _of_few(self, few: dict[int, int]) -> Array:
+        """Return the values of a leaf of which a few are known."""
+        leaf: Array = np.full(LEAF, self.fill_value, dtype=self.dtype)
+        for at, value in few.items():
+            leaf[at & (LEAF - 1)] = value
+        return leaf
 
     def slice(self, start: int, n: int) -> Array:
         """Return the ``n`` values from ``start``: O(n) memory, so for mapped ranges only."""
@@ -111,27 +121,33 @@ class Sparse:
         for node_id in self._node_ids(start, end):
             node = self._nodes[node_id]
             base = node_id << NODE_PAGES_SHIFT
-            if not isinstance(node, _Node):
+            if isinstance(node, dict):
+                few = [at for at, value in node.items() if value != self.fill_value]
+                found.append(np.array(sorted(at for at in few if start <= at < end), np.int64))
+                continue
+            if isinstance(node, int):
                 if node != self.fill_value:
                     lo, hi = max(base, start), min(base + (1 << NODE_PAGES_SHIFT), end)
                     found.append(np.arange(lo, hi, dtype=np.int64))
                 continue
             first = max(start - base, 0) >> LEAF_SHIFT
             last = min((end - base - 1) >> LEAF_SHIFT, LEAVES - 1)
-            leaves = set(
-                (np.flatnonzero(node.uniform[first : last + 1] != self.fill_value) + first).tolist()
-            )
-            leaves.update(leaf for leaf in node.mixed if first <= leaf <= last)
+            apart = (node.uniform[first : last + 1] != self.fill_value).nonzero()[0] + first
+            leaves = {*apart.tolist(), *(leaf for leaf in node.mixed if first <= leaf <= last)}
             for leaf in sorted(leaves):
-                mixed = node.mixed.get(leaf)
-                at = base + (leaf << LEAF_SHIFT)
-                hit = (
-                    np.arange(LEAF, dtype=np.int64)
-                    if mixed is None
-                    else np.flatnonzero(mixed != self.fill_value)
-                ) + at
-                found.append(hit[(hit >= start) & (hit < end)])
+                found.append(self._touched_in(base + (leaf << LEAF_SHIFT), start, end))
+        if len(found) == 1:
+            return found[0]
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+    def _touched_in(self, at: int, start: int, end: int) -> I64:
+        """Return the indices of the leaf from ``at`` that count, inside of [start, end)."""
+        values = self._leaf(at >> LEAF_SHIFT)
+        first, past = max(start - at, 0), min(end - at, LEAF)
+        if isinstance(values, int):
+            return np.arange(at + first, at + past, dtype=np.int64)
+        hit: I64 = (values[first:past] != self.fill_value).nonzero()[0] + (at + first)
+        return hit
 
     def _node_ids(self, start: int, end: int) -> list[int]:
         first, last = start >> NODE_PAGES_SHIFT, (end - 1) >> NODE_PAGES_SHIFT
@@ -148,8 +164,10 @@ class Sparse:
                 yield self._one(at, self.fill_value)
             node = self._nodes[node_id]
             node_end = min(base + (1 << NODE_PAGES_SHIFT), end)
-            if isinstance(node, _Node):
+            if isinstance(node, Node):
                 yield from self._node_pieces(node, base, max(at, base), node_end)
+            elif isinstance(node, dict):
+                yield self._few_pieces(node, max(at, base), node_end)
             else:
                 yield self._one(max(at, base), node)
             at = node_end
@@ -157,7 +175,7 @@ class Sparse:
             yield self._one(at, self.fill_value)
 
     def _node_pieces(
-        self, node: _Node, base: int, start: int, end: int
+        self, node: Node, base: int, start: int, end: int
     ) -> Iterator[tuple[I64, Array]]:
         first, last = (start - base) >> LEAF_SHIFT, (end - 1 - base) >> LEAF_SHIFT
         at = first
@@ -173,7 +191,15 @@ class Sparse:
         if at <= last:
             yield self._uniform_piece(node, base, at, last + 1)
 
-    def _uniform_piece(self, node: _Node, base: int, lo: int, hi: int) -> tuple[I64, Array]:
+    def _few_pieces(self, few: dict[int, int], start: int, end: int) -> tuple[I64, Array]:
+        runs = {start: self.fill_value}
+        for at in sorted(at for at in few if start <= at < end):
+            runs[at] = few[at]
+            runs[at + 1] = self.fill_value
+        runs.pop(end, None)
+        return np.array(list(runs), np.int64), np.array(list(runs.values()), self.dtype)
+
+    def _uniform_piece(self, node: Node, base: int, lo: int, hi: int) -> tuple[I64, Array]:
         leaves = np.arange(lo, hi, dtype=np.int64)
         return (leaves << LEAF_SHIFT) + base, node.uniform[lo:hi].copy()
 
@@ -185,39 +211,95 @@ class Sparse:
         """Apply one write and return its inverse."""
         if op == "put":
             indices, values = args
-            old = self.get(indices)
-            self._put(indices, np.asarray(values, dtype=self.dtype))
-            return "put", (indices, old)
+            return "put", (indices, self._put(indices, np.asarray(values, dtype=self.dtype)))
         if op == "store":
             start, values = args
-            indices = np.arange(start, start + len(values), dtype=np.int64)
-            old = self.get(indices)
-            self._put(indices, np.asarray(values, dtype=self.dtype))
+            old = self._store(start, len(values), np.asarray(values, dtype=self.dtype))
             return "store", (start, old)
         if op == "fill":
             start, n, value = args
-            return "restore", (start, n, self._fill(start, start + n, int(value)))
+            at = start & (LEAF - 1)
+            if n == LEAF or at + n > LEAF:
+                return "restore", (start, n, self._fill(start, start + n, int(value)))
+            node = self._nodes.get(start >> NODE_PAGES_SHIFT)
+            mixed = None
+            if type(node) is Node:
+                mixed = node.mixed.get((start >> LEAF_SHIFT) & (LEAVES - 1))
+            if mixed is None:
+                return "store", (start, self._store(start, n, np.asarray(value, dtype=self.dtype)))
+            # so it is as a rule, and the way by others' functions would take twice as long
+            part = mixed[at : at + n]
+            old = part.copy()
+            part.fill(value)
+            return "store", (start, old)
         start, n, pieces = args
         for piece in pieces:
             self._restore(piece)
         return "restore", (start, n, [])
 
-    def _node(self, node_id: int) -> _Node:
+    def _node(self, node_id: int) -> Node:
         node = self._nodes.get(node_id, self.fill_value)
-        if not isinstance(node, _Node):
-            node = self._nodes[node_id] = _Node(self.dtype, node)
-        return node
+        if isinstance(node, Node):
+            return node
+        made = Node(self.dtype, node if isinstance(node, int) else self.fill_value)
+        if isinstance(node, dict):
+            for leaf_id in {at >> LEAF_SHIFT for at in node}:
+                values = self._leaf(leaf_id)
+                assert isinstance(values, np.ndarray)
+                made.mixed[leaf_id & (LEAVES - 1)] = values
+        self._nodes[node_id] = made
+        return made
 
-    def _put(self, indices: I64, values: Array) -> None:
-        values = np.broadcast_to(values, indices.shape)
-        for leaf_id, mask in _by_leaf(indices):
-            node = self._node(leaf_id >> NODE_SHIFT)
-            leaf = leaf_id & (LEAVES - 1)
-            mixed = node.mixed.get(leaf)
-            if mixed is None:
-                mixed = np.full(LEAF, node.uniform[leaf], dtype=self.dtype)
-                node.mixed[leaf] = mixed
-            mixed[indices[mask] & (LEAF - 1)] = values[mask]
+    def _mixed(self, leaf_id: int) -> Array:
+        """Return the values of a leaf that may differ from now on."""
+        node = self._node(leaf_id >> NODE_SHIFT)
+        leaf = leaf_id & (LEAVES - 1)
+        if leaf not in node.mixed:
+            node.mixed[leaf] = np.full(LEAF, node.uniform[leaf], dtype=self.dtype)
+        return node.mixed[leaf]
+
+    def _put_few(self, numbers: Sequence[int], values: Array) -> Array | None:
+        """Put where only a few entries are kept; return what was there, None if it must be more."""
+        node_id = numbers[0] >> NODE_PAGES_SHIFT
+        few = self._nodes.get(node_id, {})
+        if not isinstance(few, dict) or len(few) + len(numbers) > FEW:
+            return None
+        if any(number >> NODE_PAGES_SHIFT != node_id for number in numbers):
+            return None
+        fill = self.fill_value
+        old = np.array([few.get(number, fill) for number in numbers], dtype=self.dtype)
+        self._nodes[node_id] = few
+        news = values.tolist() if values.ndim else [values.item()] * len(numbers)
+        few.update(zip(numbers, news, strict=True))
+        return old
+
+    def _put(self, indices: I64, values: Array) -> Array:
+        """Set entries, and return what was there."""
+        if values.ndim and values.shape != indices.shape:
+            values = np.broadcast_to(values, indices.shape)
+        if 0 < indices.size <= FEW:
+            few = self._put_few(indices.tolist(), values)
+            if few is not None:
+                return few
+        old = np.empty(indices.shape, dtype=self.dtype)
+        for leaf_id, mask in by_leaf(indices) if indices.size else ():
+            mixed = self._mixed(leaf_id)
+            at = indices[mask] & (LEAF - 1)
+            old[mask] = mixed[at]
+            mixed[at] = values[mask] if values.ndim else values
+        return old
+
+    def _store(self, start: int, n: int, values: Array) -> Array:
+        """Set ``n`` entries from ``start``, and return what was there."""
+        if start >> LEAF_SHIFT != (start + n - 1) >> LEAF_SHIFT:
+            return self._put(np.arange(start, start + n, dtype=np.int64), values)
+        old = self._put_few(range(start, start + n), values) if n <= FEW else None
+        if old is None:
+            at = start & (LEAF - 1)
+            mixed = self._mixed(start >> LEAF_SHIFT)
+            old = mixed[at : at + n].copy()
+            mixed[at : at + n] = values
+        return old
 
     def _fill(self, start: int, end: int, value: int) -> list[tuple[Any, ...]]:
         pieces: list[tuple[Any, ...]] = []
@@ -296,7 +378,10 @@ class Sparse:
             if value != self.fill_value:
                 yield Write(self.name, "fill", (start, n, value))
         for node_id, node in sorted(self._nodes.items(), key=itemgetter(0)):
-            if isinstance(node, _Node):
+            if isinstance(node, dict):
+                at = np.array(list(node), np.int64)
+                yield Write(self.name, "put", (at, np.array(list(node.values()), self.dtype)))
+            elif isinstance(node, Node):
                 for leaf, values in sorted(node.mixed.items(), key=itemgetter(0)):
                     start = (node_id << NODE_PAGES_SHIFT) + (leaf << LEAF_SHIFT)
                     yield Write(self.name, "store", (start, values))
@@ -315,26 +400,10 @@ class Sparse:
     def _uniform_pieces(self) -> Iterator[tuple[int, int, int]]:
         for node_id, node in sorted(self._nodes.items(), key=itemgetter(0)):
             base = node_id << NODE_PAGES_SHIFT
-            if not isinstance(node, _Node):
-                yield base, 1 << NODE_PAGES_SHIFT, node
+            if not isinstance(node, Node):
+                value = node if isinstance(node, int) else self.fill_value
+                yield base, 1 << NODE_PAGES_SHIFT, value
                 continue
             breaks = np.flatnonzero(np.diff(node.uniform)) + 1
             for lo, hi in pairwise([0, *breaks.tolist(), LEAVES]):
                 yield base + (lo << LEAF_SHIFT), (hi - lo) << LEAF_SHIFT, int(node.uniform[lo])
-
-
-def _by_leaf(indices: I64) -> Iterator[tuple[int, Any]]:
-    """Yield (leaf id, selector) so that each leaf's entries are handled at once."""
-    leaves = indices >> LEAF_SHIFT
-    first = int(leaves[0])
-    if indices.size == 1 or (leaves == first).all():
-        yield first, slice(None)
-        return
-    if (np.diff(leaves) >= 0).all():
-        bounds = np.flatnonzero(np.diff(leaves)) + 1
-        edges = [0, *bounds.tolist(), indices.size]
-        for lo, hi in pairwise(edges):
-            yield int(leaves[lo]), slice(lo, hi)
-        return
-    for leaf in np.unique(leaves).tolist():
-        yield leaf, np.flatnonzero(leaves == leaf)

@@ -8,12 +8,12 @@ arrays of numbers, and records of plain values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rmemd.deferred import dataclass
 from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import Records, Sparse, Table

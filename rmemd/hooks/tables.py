@@ -7,7 +7,7 @@ here answers with its inverse and remembers nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,34 @@ class Dense:
 
     def at(self, index: int) -> int:
         """Return one value as a Python int."""
-        return int(self._a[index])
+        value: int = self._a.item(index)
+        return value
+
+    def where(self, value: int) -> I64:
+        """Return the indices that hold a value, not the fill, ascending.
+
+        It costs what was ever written, not the length.
+        """
+        found = [
+            np.flatnonzero(self._a[start:end] == value) + start
+            for start, end in self._written_runs()
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+
+    def reach(self, start: int, end: int) -> int:
+        """Return where a tail of [start, end) begins in which nothing was ever written."""
+        self._mark()
+        first = start >> CHUNK_SHIFT
+        chunks = np.flatnonzero(self._written[first : ((end - 1) >> CHUNK_SHIFT) + 1])
+        return min((int(chunks[-1]) + first + 1) << CHUNK_SHIFT, end) if chunks.size else start
+
+    def _written_runs(self) -> list[tuple[int, int]]:
+        self._mark()
+        starts, counts = coalesce(np.flatnonzero(self._written).astype(np.int64))
+        ends = starts + counts
+        return list(
+            zip((starts << CHUNK_SHIFT).tolist(), (ends << CHUNK_SHIFT).tolist(), strict=True)
+        )
 
     def apply(self, op: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         """Apply one write and return its inverse."""
@@ -111,12 +138,21 @@ class Dense:
 
 
 class Records:
-    """Immutable values by key."""
+    """Immutable values by key, in the order in which the keys came.
+
+    It can be asked for the keys of a group (``grouped``), at the cost of those.
+    """
 
     def __init__(self, spec: TableSpec) -> None:
         self.spec = spec
         self.name = spec.name
         self._d: dict[Hashable, Any] = {}
+        # when each key came; a key that is put back goes to where it was
+        self._came: dict[Hashable, int] = {}
+        self._last = 0
+        self._in_order = True
+        self._group: Callable[[Any, Any], Hashable] | None = None
+        self._groups: dict[Hashable, dict[Any, None]] = {}
 
     def get(self, key: Hashable, default: Any = None) -> Any:
         """Return the value of ``key``, or ``default``."""
@@ -133,32 +169,72 @@ class Records:
 
     def items(self) -> list[tuple[Any, Any]]:
         """Return the (key, value) pairs, in order of insertion."""
-        return list(self._d.items())
+        items = list(self._d.items())
+        return items if self._in_order else sorted(items, key=lambda item: self._came[item[0]])
+
+    def group_by(self, group: Callable[[Any, Any], Hashable]) -> None:
+        """Have ``grouped`` find keys by what ``group`` says of each and its value.
+
+        It must say the same as long as the key is there, whatever value it is given.
+        """
+        self._group = group
+        self._groups = {}
+        for key, value in self._d.items():
+            self._groups.setdefault(group(key, value), {})[key] = None
+
+    def grouped(self, group: Hashable) -> list[Any]:
+        """Return the keys of a group, in order of insertion."""
+        return sorted(self._groups.get(group, ()), key=self._came.__getitem__)
 
     def apply(self, op: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         """Apply one write and return its inverse."""
-        if op == "reorder":
-            self._d = dict(args[0])
-            return "reorder", (args[0],)
         key = args[0]
-        before = list(self._d.items()) if op == "drop" and key in self._d else None
+        there = key in self._d
+        if op == "drop":
+            if not there:
+                return "drop", (key,)
+            self._of_group(key, self._d[key], there=False)
+            return "insert", (key, self._d.pop(key), self._came.pop(key))
         inverse: tuple[str, tuple[Any, ...]] = (
-            ("set", (key, self._d[key])) if key in self._d else ("drop", (key,))
+            ("set", (key, self._d[key])) if there else ("drop", (key,))
         )
-        if op == "set":
-            self._d[key] = args[1]
+        if not there:
+            self._place(key, args[2] if op == "insert" else 0)
+            self._of_group(key, args[1], there=True)
+        self._d[key] = args[1]
+        return inverse
+
+    def _place(self, key: Hashable, came: int) -> None:
+        """Give a key that is not there its place: the one that it had, or the last."""
+        if came:
+            self._in_order = False
         else:
-            self._d.pop(key, None)
-        return ("reorder", (before,)) if before is not None else inverse
+            if not self._in_order:
+                self._d = dict(self.items())
+                self._in_order = True
+            came = self._last = self._last + 1
+        self._came[key] = came
+
+    def _of_group(self, key: Any, value: Any, there: bool) -> None:
+        if self._group is None:
+            return
+        group = self._group(key, value)
+        if there:
+            self._groups.setdefault(group, {})[key] = None
+            return
+        keys = self._groups[group]
+        del keys[key]
+        if not keys:
+            del self._groups[group]
 
     def snapshot(self) -> dict[Hashable, Any]:
         """Return a copy that compares equal exactly when the contents do."""
-        return dict(self._d)
+        return dict(self.items())
 
     def content(self) -> Iterator[Write]:
         """Yield the writes that make this table of nothing, keys in their order."""
         yield Write("", "create", (self.spec,))
-        for key, value in self._d.items():
+        for key, value in self.items():
             yield Write(self.name, "set", (key, value))
 
 
@@ -174,6 +250,7 @@ class Space:
     def __init__(self) -> None:
         self.tables: dict[str, Table] = {}
         self.holders: list[Any] = []
+        self._below: dict[str, dict[str, None]] = {}
 
     def sparse(self, name: str) -> Sparse:
         """Return a sparse table."""
@@ -187,6 +264,10 @@ class Space:
         assert isinstance(table, Records), name
         return table
 
+    def below(self, owner: str) -> list[str]:
+        """Return the names of an owner's tables ("vm/12"), in order, at the cost of those."""
+        return list(self._below.get(owner, ()))
+
     def apply(self, write: Write) -> Write:
         """Apply one write and return its inverse."""
         if write.table:
@@ -196,17 +277,31 @@ class Space:
             spec: TableSpec = write.args[0]
             if spec.name in self.tables:
                 raise KeyError(f"table {spec.name} exists")
-            self.tables[spec.name] = _KINDS[spec.kind](spec)
-            return Write("", "destroy", (spec.name,))
+            return self._attach(_KINDS[spec.kind](spec))
         if write.op == "destroy":
-            return Write("", "attach", (self.tables.pop(write.args[0]),))
-        table: Table = write.args[0]
+            return Write("", "attach", (self._detach(write.args[0]),))
+        return self._attach(write.args[0])
+
+    def _attach(self, table: Table) -> Write:
         self.tables[table.name] = table
+        self._below.setdefault(_owner(table.name), {})[table.name] = None
         return Write("", "destroy", (table.name,))
+
+    def _detach(self, name: str) -> Table:
+        mine = self._below[_owner(name)]
+        del mine[name]
+        if not mine:
+            del self._below[_owner(name)]
+        return self.tables.pop(name)
 
     def snapshot(self) -> dict[str, Any]:
         """Return every table's snapshot: what "the whole state" means when states are compared."""
         return {name: table.snapshot() for name, table in sorted(self.tables.items())}
+
+
+def _owner(name: str) -> str:
+    """Return whose a table is: "vm/12" of "vm/12/tdx/septe"."""
+    return "/".join(name.split("/", 2)[:2])
 
 
 def same_state(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -12,11 +12,11 @@ step has agreed. What a hook sees of a transaction is ``hooks.hooktx``.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.tables import Dense, Records, Space, Sparse, Table, TableSpec, Write
 from rmemd.units import I64, U8, U64
@@ -84,6 +84,8 @@ class Tx:
         written: frames that nobody owns yet and that byte movements may have reached.
         reopening: whether a table that is there is handed back instead of made: the state was
             read from a journal.
+        views: what hooks are given of it, by consumer; whoever opened it lets go of them at its
+            end, since they hold it.
     """
 
     def __init__(self, space: Space, label: str, reopening: bool = False) -> None:
@@ -96,6 +98,7 @@ class Tx:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.in_place: list[tuple[I64, U64]] = []
         self.written: list[I64] = []
+        self.views: dict[object, Any] = {}
         self._undo: list[Write] = []
         self._again: list[Write] = []
         self._hooks: list[tuple[int, int, str]] = []

@@ -7,11 +7,12 @@ pages; arrays are int64 unless a docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum, IntEnum
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.units import I64, U8, Bools, expand, run_breaks
 
 

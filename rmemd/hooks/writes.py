@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from rmemd.deferred import dataclass
 
 
-@dataclass(frozen=True)
-class Write:
+class Write(NamedTuple):
     """One write to one table: what a transaction applies, journals and can undo.
 
     ``op`` is "fill" (start, n, value), "put" (indices, values), "store" (start, values),

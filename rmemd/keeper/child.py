@@ -13,9 +13,13 @@ import resource
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
 
 from rmemd.keeper.protocol import LISTEN_FDNAMES, LISTEN_FDS, LISTEN_FDS_START, LISTEN_PID
+from rmemd.keeper.tuples import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 # what is passed on to the daemon
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -73,6 +73,7 @@ class Keeper:
         self._has_served = charge.has_served
         self._started_at = time.monotonic()
         self._deaths = 0
+        self._died: dict[str, object] = {}
         self._asked: list[int] = []
         self._is_stopping = False
         self._restart_at = 0.0
@@ -105,7 +106,7 @@ class Keeper:
                 if ended is not None:
                     return ended
             elif self._slim_down is not None and self._has_served:
-                self._become_slim(told, self._slim_down)
+                self._become_slim(told, self._slim_down, self._child)
 
     def close(self) -> None:
         """Let everything go."""
@@ -114,14 +115,16 @@ class Keeper:
         except OSError:
             return
 
-    def _become_slim(self, told: int, slim_down: Callable[[Charge], None]) -> None:
+    def _become_slim(self, told: int, slim_down: Callable[[Charge], None], child: Child) -> None:
         """Go on as a smaller process; what was signalled meanwhile, that one is told."""
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
         with suppress(BlockingIOError):
             self._pass_on(os.read(told, 64))
         # one that ends is not worth it
         if not self._asked and not self._is_stopping:
-            slim_down(self._charge._replace(has_served=True, kept=tuple(self._store.kept)))
+            # which may be a successor already: the one we were charged with can have died before
+            served = self._charge._replace(pid=child.pid, pidfd=child.pidfd, has_served=True)
+            slim_down(served._replace(kept=tuple(self._store.kept)))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         self._slim_down = None
 
@@ -202,17 +205,25 @@ class Keeper:
             self._deaths = 0
         else:
             self._count_death(child.pid, ended)
-        self._restart_at = time.monotonic() + delay(self._deaths, self._charge.delay_max_seconds)
+        pause = delay(self._deaths, self._charge.delay_max_seconds)
+        self._restart_at = time.monotonic() + pause
+        if pause:
+            self._tell_of_death()
         return None
 
     def _count_death(self, pid: int, ended: Ended) -> None:
         if time.monotonic() - self._started_at >= SETTLED_SECONDS:
             self._deaths = 0
         self._deaths += 1
-        self._log.write(
-            "error", "daemon_died", pid=pid, signal=ended.signal, status=ended.status,
-            deaths=self._deaths, kept=len(self._store.kept),
-        )  # fmt: skip
+        self._died = {
+            "pid": pid, "signal": ended.signal, "status": ended.status,
+            "deaths": self._deaths, "kept": len(self._store.kept),
+        }  # fmt: skip
+
+    def _tell_of_death(self) -> None:
+        if self._died:
+            self._log.write("error", "daemon_died", **self._died)
+            self._died = {}
 
     def _restart_if_due(self) -> None:
         if time.monotonic() < self._restart_at:
@@ -226,10 +237,13 @@ class Keeper:
                 self._charge.command, environment, self._store.kept, self._charge.limits
             )
         except OSError as error:
+            self._tell_of_death()
             self._deaths += 1
             self._restart_at = time.monotonic() + max(
                 delay(self._deaths, self._charge.delay_max_seconds), DELAY_SECONDS
             )
             self._log.write("error", "not_restarted", error=str(error))
             return
+        # the successor need not wait for that to be written
+        self._tell_of_death()
         self._log.write("info", "daemon_restarted", pid=self._child.pid, kept=len(self._store.kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 
@@ -29,6 +28,8 @@ class Log:
         second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         stamp = f"{second}.{int(now % 1 * 1e6):06d}Z"
         if self._as_json:
+            import json
+
             line = json.dumps({**facts, "event": event, "level": level, "timestamp": stamp})
         else:
             said = " ".join(f"{name}={value}" for name, value in facts.items())

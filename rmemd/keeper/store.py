@@ -12,9 +12,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from rmemd.keeper.protocol import FDS_MAX, MESSAGE_MAX, STORED, decode, is_name
+from rmemd.keeper.tuples import NamedTuple
 
 _UCRED = struct.Struct("=iII")
 _ROOM = socket.CMSG_SPACE(_UCRED.size) + socket.CMSG_SPACE(FDS_MAX * array.array("i").itemsize)

@@ -57,7 +57,8 @@ def give(host: Host, tx: Tx, pfns: I64) -> None:
 
 def free_pages(host: Host, node: NodeRange) -> int:
     """Return how many frames of a node are free."""
-    return int(_block_counts(host, node).sum(dtype=np.int64))
+    counts, untouched = _touched_counts(host, node)
+    return int(counts.sum(dtype=np.int64)) + untouched * PMD_PAGES
 
 
 def free_2m_blocks(host: Host, node: NodeRange) -> int:
@@ -90,18 +91,31 @@ def free_blocks(host: Host, node: NodeRange) -> list[int]:
 
 
 def _pick(host: Host, node: NodeRange, n: int) -> I64:
-    counts = _block_counts(host, node)
-    partial = (counts > 0) & (counts < PMD_PAGES)
-    blocks = np.flatnonzero(partial)
-    reached = np.cumsum(counts[blocks], dtype=np.int64)
-    if reached.size == 0 or reached[-1] < n:
-        full = np.flatnonzero(counts == PMD_PAGES)
+    """Return up to ``n`` free frames of a node, at the cost of what was ever taken of it."""
+    counts, untouched = _touched_counts(host, node)
+    blocks = np.flatnonzero((counts > 0) & (counts < PMD_PAGES))
+    missing = n - int(counts[blocks].sum(dtype=np.int64))
+    if missing > 0:
+        whole = -(-missing // PMD_PAGES)
+        full = np.flatnonzero(counts == PMD_PAGES)[:whole]
         blocks = np.concatenate((blocks, full))
-        reached = np.cumsum(counts[blocks], dtype=np.int64)
-    blocks = blocks[: int(np.searchsorted(reached, n)) + 1] + node.first // PMD_PAGES
+        beyond = min(whole - full.size, untouched)
+        blocks = np.concatenate((blocks, counts.size + np.arange(beyond, dtype=np.int64)))
+    blocks += node.first // PMD_PAGES
+    reached = np.cumsum(host.free_in_block.get(blocks), dtype=np.int64)
+    blocks = blocks[: int(np.searchsorted(reached, n)) + 1]
     row, column = np.nonzero(host.use.view.reshape(-1, PMD_PAGES)[blocks] == Use.FREE)
     pfns: I64 = (blocks[row] * PMD_PAGES + column)[:n].astype(np.int64)
     return pfns
+
+
+def _touched_counts(host: Host, node: NodeRange) -> tuple[I64, int]:
+    """Return the counts of a node's blocks up to the last that was ever taken of, and how many
+    there are behind it, which are free as a whole.
+    """
+    first, end = node.first // PMD_PAGES, node.end // PMD_PAGES
+    reach = host.free_in_block.reach(first, end)
+    return host.free_in_block.view[first:reach], end - reach
 
 
 def _block_counts(host: Host, node: NodeRange) -> I64:

@@ -7,10 +7,9 @@ state, and ``attributes`` (of the file, as in Linux) says which.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import BINDING_OVERLAP, NO_SUCH_FILE
 from rmemd.hooks.tables import Records, Space, Sparse, TableSpec
 from rmemd.hooks.tx import Tx
@@ -99,6 +98,7 @@ class Files:
     def __init__(self, space: Space, tx: Tx) -> None:
         self._space = space
         self._info: Records = tx.create(TableSpec("files", "records"))
+        self._info.group_by(lambda _, info: info.owner.session)
         #: shared pages still to be emptied by a punch: (file, pgoff) -> pages
         self.discards: Records = tx.create(TableSpec("discards", "records"))
         self._views: dict[int, RestrictedFile] = {}
@@ -124,6 +124,7 @@ class Files:
         for table in ("frames", "shared", "attributes", "policy", "policies", "bindings"):
             tx.destroy(f"file/{file}/{table}")
         tx.drop(self._info, file)
+        self._views.pop(file, None)
 
     def get(self, file: int) -> RestrictedFile:
         """Return a file.
@@ -134,11 +135,19 @@ class Files:
         info = self._info.get(file)
         if info is None:
             raise NO_SUCH_FILE(f"file/{file} does not exist", field="file")
-        return RestrictedFile(self._space, info)
+        view = self._views.get(file)
+        # facts that were written, or written back, are another object, and may be another file's
+        if view is None or view.info is not info:
+            view = self._views[file] = RestrictedFile(self._space, info)
+        return view
 
     def exists(self, file: int) -> bool:
         """Return whether the file is there."""
         return file in self._info
+
+    def of_session(self, session: int) -> list[int]:
+        """Return a session's files, oldest first."""
+        return self._info.grouped(session)
 
     def all(self) -> list[RestrictedFile]:
         """Return every file, oldest first."""

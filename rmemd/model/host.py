@@ -6,12 +6,12 @@ controller and the engine write their own columns, through a transaction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.hooks.tables import Dense, Records, Space, TableSpec
 from rmemd.hooks.tx import COUNTERS, FRAME_KEYS, KEYS, VM_KEYS, Tx
 from rmemd.units import I64, PAGE_SIZE, PMD_PAGES, Bools

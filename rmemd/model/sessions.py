@@ -6,9 +6,10 @@ holds ends with it. Tokens, processes and leases are not state: the doors keep n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.errors import NO_SUCH_PIN, NO_SUCH_SESSION
 from rmemd.hooks.tables import Records, TableSpec
 from rmemd.hooks.tx import Tx
@@ -112,6 +113,8 @@ class Sessions:
     def __init__(self, tx: Tx) -> None:
         self._info: Records = tx.create(TableSpec("sessions", "records"))
         self._pins: Records = tx.create(TableSpec("pins", "records"))
+        self._info.group_by(lambda _, info: info.parent)
+        self._pins.group_by(lambda _, pin: pin.owner.session)
 
     def open(self, tx: Tx, tenant: str, role: str, door: str, **facts: Any) -> SessionInfo:
         """Make a session."""
@@ -156,6 +159,10 @@ class Sessions:
         """Return whether the session is there, closing or not."""
         return session in self._info
 
+    def is_alive(self, session: int) -> bool:
+        """Return whether the session is there, and not on its way out."""
+        return session in self._info and not self._info[session].closing
+
     def all(self) -> list[SessionInfo]:
         """Return every session, oldest first."""
         return [info for _, info in self._info.items()]
@@ -164,7 +171,7 @@ class Sessions:
         """Return a session and those opened below it, each before its children."""
         found = [self.get(session)]
         for info in found:
-            found += [child for child in self.all() if child.parent == info.session]
+            found += [self._info[child] for child in self._info.grouped(info.session)]
         return found
 
     # --- pins --------------------------------------------------------------------------------
@@ -193,4 +200,4 @@ class Sessions:
 
     def pins_of(self, session: int) -> list[PagePin]:
         """Return a session's pins."""
-        return [pin for pin in self.pins() if pin.owner.session == session]
+        return [self._pins[pin] for pin in self._pins.grouped(session)]

@@ -8,11 +8,11 @@ that wait are not state: they are operations that wait (``engine.pendingfaults``
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import NO_SUCH_USERFAULT, USERFAULT_TAKEN, Holder
 from rmemd.hooks.tables import Records, TableSpec
 from rmemd.hooks.tx import Tx

@@ -7,11 +7,12 @@ mirror is the generic secondary MMU: per gfn, 0 for nothing, else ``(pfn + 1) <<
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import NO_SUCH_VCPU, NO_SUCH_VM, VM_DEAD, VM_FROZEN
 from rmemd.hooks.tables import Records, Space, TableSpec
 from rmemd.hooks.tx import Tx
@@ -130,7 +131,10 @@ class Vm:
 
     def mapped(self, gfn: int, npages: int) -> tuple[Runs, Runs]:
         """Return what the mirror maps of a range: (private runs, shared runs)."""
-        gfns = self.mirror.touched(gfn, npages)
+        return self.runs_of(self.mirror.touched(gfn, npages))
+
+    def runs_of(self, gfns: I64) -> tuple[Runs, Runs]:
+        """Return what the mirror maps at guest frames that it has: (private runs, shared runs)."""
         pfns, shared = unpack(self.mirror.get(gfns))
         return (
             Runs.of_pages(gfns[~shared], pfns[~shared]),
@@ -157,6 +161,8 @@ class Vms:
     def __init__(self, space: Space, tx: Tx) -> None:
         self._space = space
         self._info: Records = tx.create(TableSpec("vms", "records"))
+        self._info.group_by(lambda _, info: info.owner.session)
+        self._views: dict[int, Vm] = {}
 
     def create(self, tx: Tx, info: VmInfo, starts_private: bool) -> Vm:
         """Make a VM whose attributes are all private, or all shared, at first."""
@@ -171,9 +177,10 @@ class Vms:
 
     def destroy(self, tx: Tx, vm: int) -> None:
         """Forget a VM and every table below it."""
-        for name in [n for n in self._space.tables if n.startswith(f"vm/{vm}/")]:
+        for name in self._space.below(f"vm/{vm}"):
             tx.destroy(name)
         tx.drop(self._info, vm)
+        self._views.pop(vm, None)
 
     def update(self, tx: Tx, vm: Vm, **changes: Any) -> Vm:
         """Change facts of a VM and return the new view."""
@@ -190,7 +197,11 @@ class Vms:
         info = self._info.get(vm)
         if info is None:
             raise NO_SUCH_VM(f"vm/{vm} does not exist", field="vm")
-        return Vm(self._space, info)
+        view = self._views.get(vm)
+        # facts that were written, or written back, are another object, and may be another VM's
+        if view is None or view.info is not info:
+            view = self._views[vm] = Vm(self._space, info)
+        return view
 
     def alive(self, vm: int) -> Vm:
         """Return a VM that was neither killed nor frozen.
@@ -212,6 +223,10 @@ class Vms:
     def exists(self, vm: int) -> bool:
         """Return whether the VM is there."""
         return vm in self._info
+
+    def of_session(self, session: int) -> list[int]:
+        """Return a session's VMs, oldest first."""
+        return self._info.grouped(session)
 
     def all(self) -> list[Vm]:
         """Return every VM, oldest first."""

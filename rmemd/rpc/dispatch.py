@@ -16,8 +16,9 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import field
 from typing import Any
 
 import grpc
@@ -25,9 +26,11 @@ import structlog
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 from rmemd.access.callers import Caller
 from rmemd.access.rules import admit
+from rmemd.deferred import dataclass
 from rmemd.engine.cancel import Cancelled
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -41,10 +44,10 @@ from rmemd.errors import (
     TOO_MANY,
     RmemError,
 )
-from rmemd.rpc.doors import Door
+from rmemd.rpc.doors import Door, Sent, sent_to_us
 from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.observe import Called, Observer, tell
-from rmemd.rpc.replies import CallKey, Refused, Replies, Turn
+from rmemd.rpc.replies import CallKey, Refused, Replies, Turn, mutates
 from rmemd.rpc.status import shorten, to_status
 
 BULK_BYTES = (1 << 20) + (1 << 16)
@@ -61,6 +64,8 @@ BULK_METHODS = frozenset(
 
 log = structlog.get_logger("rmemd.rpc")
 _numbers = itertools.count(1)
+# what ``structlog.contextvars.bind_contextvars(correlation=...)`` sets, without its look-ups
+_correlated: ContextVar[Any] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}correlation", default=...)
 
 
 @dataclass(frozen=True)
@@ -73,12 +78,18 @@ class Front:
     life: str = ""
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     replies: Replies = field(init=False)
+    # what the ids of this process's calls begin with
+    process: str = field(init=False)
+    # bound once, where the module's is looked up at each call
+    log: Any = field(init=False)
 
     def __post_init__(self) -> None:
         core = self.engine.core
         # by this a client tells this daemon from another; memory without a name goes with us
         object.__setattr__(self, "life", self.life or core.life or uuid.uuid4().hex)
         object.__setattr__(self, "replies", Replies(core=core))
+        object.__setattr__(self, "process", f"{os.getpid():x}")
+        object.__setattr__(self, "log", log.bind())
 
 
 class Call:
@@ -88,6 +99,8 @@ class Call:
         caller: who makes it.
         key: its name, which a repeat of it has too; None if it has no request id.
     """
+
+    __slots__ = ("_context", "caller", "key")
 
     def __init__(
         self, context: grpc.ServicerContext, caller: Caller, key: CallKey | None = None
@@ -148,20 +161,29 @@ def _handler(
     request_class = GetMessageClass(method.input_type)
     name = f"{service.name}/{method.name}"
     limit = BULK_BYTES if method.name in BULK_METHODS else SMALL_BYTES
+    core = front.engine.core
 
-    def unary(data: bytes, context: grpc.ServicerContext) -> Message | bytes:
-        with _Answering(front, name, context) as answering, answering.named_in_logs():
+    def read(data: bytes, context: grpc.ServicerContext) -> bytes:
+        with _Answering(front, name, context) as answering:
+            call = answering.call()
+            request = _parse(request_class, data, limit)
+            admit(core, call.caller, name, request)
+            reply: Message = function(request, call)
+            return reply.SerializeToString()
+        raise AssertionError("unreachable: aborting raises")
+
+    def change(data: bytes, context: grpc.ServicerContext) -> bytes:
+        with _Answering(front, name, context) as answering:
             call = answering.call()
             # before it is asked what the caller may: the first call may have ended its object
             turn = answering.turn(call.caller, data)
             if isinstance(turn, bytes):
                 return turn
             request = _parse(request_class, data, limit)
-            core = front.engine.core
             if turn is None:
                 admit(core, call.caller, name, request)
                 unnamed: Message = function(request, call)
-                return unnamed
+                return unnamed.SerializeToString()
             call.key = turn.key
             with core.calls.of(turn.key):
                 # what a daemon before this one has carried out, it has admitted
@@ -177,17 +199,16 @@ def _handler(
             # a revision means nothing to another daemon than the one that told it
             context.send_initial_metadata(((DAEMON, front.life),))
             request = _parse(request_class, data, limit)
-            admit(front.engine.core, call.caller, name, request)
-            with _streams.of(call.caller.tenant, front.engine.core.quotas):
+            admit(core, call.caller, name, request)
+            with _streams.of(call.caller.tenant, core.quotas):
                 yield from function(request, call)
 
     if method.server_streaming:
-        return grpc.unary_stream_rpc_method_handler(stream, None, _serialize)
-    return grpc.unary_unary_rpc_method_handler(unary, None, _serialize)
-
-
-def _serialize(message: Message | bytes) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
+        return grpc.unary_stream_rpc_method_handler(
+            stream, None, GetMessageClass(method.output_type).SerializeToString
+        )
+    unary = change if mutates(method.name) else read
+    return grpc.unary_unary_rpc_method_handler(unary, None, None)
 
 
 def _parse(request_class: type[Message], data: bytes, limit: int) -> Message:
@@ -251,35 +272,38 @@ def open_streams(tenant: str | None = None) -> int:
 class _Answering:
     """Turn what a method raises into a status, and log the call once."""
 
+    __slots__ = ("_begun", "_context", "_correlation", "_front", "_name", "_tenant", "_turn")
+
     def __init__(self, front: Front, name: str, context: grpc.ServicerContext) -> None:
         self._front, self._name, self._context = front, name, context
         self._tenant = ""
         self._turn: Turn | None = None
+        self._begun = time.perf_counter()
+        self._correlation = f"{front.process}-{next(_numbers):x}"
 
     def __enter__(self) -> _Answering:
-        self._begun = time.perf_counter()
         self._front.engine.core.answered.begin()
-        self._correlation = f"{os.getpid():x}-{next(_numbers):x}"
+        # What is logged meanwhile (a hook's traceback) carries the call's id. It need not be taken
+        # back: gRPC runs each call in a context of its own.
+        _correlated.set(self._correlation)
         return self
-
-    def named_in_logs(self) -> AbstractContextManager[None]:
-        """Have what this thread logs meanwhile (a hook's traceback) carry the call's id."""
-        return structlog.contextvars.bound_contextvars(correlation=self._correlation)
 
     def call(self) -> Call:
         """Have the call begin, if it means this daemon, and ask the door who calls."""
-        self._meet()
-        self._front.lifecycle.begin(self._context.add_callback)
-        caller = self._front.door.caller(self._context)
+        front, context = self._front, self._context
+        sent = sent_to_us(context)
+        self._meet(sent)
+        front.lifecycle.begin(context.add_callback)
+        caller = front.door.caller(context, sent)
         self._tenant = caller.tenant
-        return Call(self._context, caller)
+        return Call(context, caller)
 
-    def _meet(self) -> None:
+    def _meet(self, sent: Sent) -> None:
         """Refuse who means another daemon; tell who does not know this one yet."""
-        life, context = self._front.life, self._context
-        known = [value for key, value in context.invocation_metadata() or () if key == DAEMON]
+        life = self._front.life
+        known = [value for key, value in sent if key == DAEMON] if sent else []
         if not known:
-            context.set_trailing_metadata(((DAEMON, life),))
+            self._context.set_trailing_metadata(((DAEMON, life),))
         elif known != [life]:
             raise MEMORY_LOST(
                 "this is not the daemon that the caller knew: that one has ended", field=DAEMON
@@ -295,24 +319,26 @@ class _Answering:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        took = round((time.perf_counter() - self._begun) * 1e3, 3)
-        error = self._front.lifecycle.seen_by_caller(error)
-        if error is None or isinstance(error, GeneratorExit):
-            log.debug("call", method=self._name, ms=took)
-            self._tell("OK" if error is None else "CANCELLED")
+        took = time.perf_counter() - self._begun
+        if error is not None and not isinstance(error, GeneratorExit):
+            self._refuse(self._front.lifecycle.seen_by_caller(error), took)
             return
-        correlation = self._correlation
+        self._front.log.debug("call", method=self._name, ms=round(took * 1e3, 3))
+        self._tell(took, "OK" if error is None else "CANCELLED")
+
+    def _refuse(self, error: BaseException, took: float) -> None:
+        ms, correlation = round(took * 1e3, 3), self._correlation
         if isinstance(error, Refused):
-            log.info("refused again", method=self._name, ms=took, correlation=correlation)
-            self._tell(error.status.code.name)
+            log.info("refused again", method=self._name, ms=ms, correlation=correlation)
+            self._tell(took, error.status.code.name)
             self._context.abort_with_status(error.status)
         refusal = name_error(error, correlation)
         log.info(
-            "refused", method=self._name, ms=took, reason=refusal.reason.name,
+            "refused", method=self._name, ms=ms, reason=refusal.reason.name,
             message=shorten(refusal.message), correlation=correlation, tenant=self._tenant,
             why=refusal.details.for_log,
         )  # fmt: skip
-        self._tell(refusal.reason.kind.code, refusal.reason.name)
+        self._tell(took, refusal.reason.kind.code, refusal.reason.name)
         status = None
         try:
             status = to_status(refusal, self._front.engine.answered, correlation)
@@ -321,14 +347,11 @@ class _Answering:
                 self._turn.refused(status)
         self._context.abort_with_status(status)
 
-    def _tell(self, code: str, reason: str = "") -> None:
-        if self._front.observers:
-            took = time.perf_counter() - self._begun
+    def _tell(self, took: float, code: str, reason: str = "") -> None:
+        observers = self._front.observers
+        if observers:
             metadata = self._context.invocation_metadata
-            tell(
-                self._front.observers,
-                Called(self._name, code, reason, took, self._correlation, metadata),
-            )
+            tell(observers, Called(self._name, code, reason, took, self._correlation, metadata))
 
 
 def name_error(error: BaseException, correlation: str) -> RmemError:

@@ -15,9 +15,12 @@ import grpc
 from rmemd.access.callers import TCP, UNIX, Access, Caller
 from rmemd.errors import TOKEN_UNKNOWN
 
+# what the names of our metadata begin with
+OURS = "rmem-"
 TOKEN = "rmem-token"
 INSECURE_TENANT = "insecure:loopback"
 SPIFFE = "spiffe://"
+Sent = Sequence[tuple[str, str | bytes]]
 
 
 class Door(Protocol):
@@ -25,8 +28,8 @@ class Door(Protocol):
 
     access: Access
 
-    def caller(self, context: grpc.ServicerContext) -> Caller:
-        """Return the caller.
+    def caller(self, context: grpc.ServicerContext, sent: Sent) -> Caller:
+        """Return the caller of a call that has this metadata of ours.
 
         Raises:
             Unauthenticated: nobody knows who it is.
@@ -39,9 +42,9 @@ class UnixDoor:
     def __init__(self, access: Access) -> None:
         self.access = access
 
-    def caller(self, context: grpc.ServicerContext) -> Caller:
+    def caller(self, context: grpc.ServicerContext, sent: Sent) -> Caller:
         """Return the caller of a token, or the daemon's own user."""
-        return self.access.caller(UNIX, "", token_of(context))
+        return self.access.caller(UNIX, "", token_of(sent))
 
 
 class TlsDoor:
@@ -51,14 +54,14 @@ class TlsDoor:
         self.access = access
         self._prefix = f"{SPIFFE}{trust_domain}/" if trust_domain else SPIFFE
 
-    def caller(self, context: grpc.ServicerContext) -> Caller:
+    def caller(self, context: grpc.ServicerContext, sent: Sent) -> Caller:
         """Return the tenant that the certificate names, in its token's session if it has one."""
         names = spiffe_ids(cast("Mapping[str, Sequence[bytes]]", context.auth_context()))
         if len(names) != 1 or not names[0].startswith(self._prefix):
             raise TOKEN_UNKNOWN(
                 "no such tenant", for_log=f"the certificate names {names or 'nobody'}"
             )
-        return self.access.caller(TCP, names[0], token_of(context))
+        return self.access.caller(TCP, names[0], token_of(sent))
 
 
 class LoopbackDoor:
@@ -67,9 +70,9 @@ class LoopbackDoor:
     def __init__(self, access: Access) -> None:
         self.access = access
 
-    def caller(self, context: grpc.ServicerContext) -> Caller:
+    def caller(self, context: grpc.ServicerContext, sent: Sent) -> Caller:
         """Return the one tenant, in its token's session if it has one."""
-        return self.access.caller(TCP, INSECURE_TENANT, token_of(context))
+        return self.access.caller(TCP, INSECURE_TENANT, token_of(sent))
 
 
 def spiffe_ids(known: Mapping[str, Sequence[bytes]]) -> list[str]:
@@ -77,9 +80,16 @@ def spiffe_ids(known: Mapping[str, Sequence[bytes]]) -> list[str]:
     return [name.decode(errors="replace") for name in known.get("peer_spiffe_id", ())]
 
 
-def token_of(context: grpc.ServicerContext) -> str:
+def sent_to_us(context: grpc.ServicerContext) -> Sent:
+    """Return a call's metadata that is ours and not gRPC's or a tracer's."""
+    return [pair for pair in context.invocation_metadata() or () if pair[0].startswith(OURS)]
+
+
+def token_of(sent: Sent) -> str:
     """Return a call's token, "" if it has none; two are none that is good."""
-    found = [str(value) for key, value in context.invocation_metadata() or () if key == TOKEN]
+    if not sent:
+        return ""
+    found = [str(value) for key, value in sent if key == TOKEN]
     if len(found) > 1:
         raise TOKEN_UNKNOWN("no such token", field=TOKEN)
     return found[0] if found else ""

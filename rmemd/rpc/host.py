@@ -11,7 +11,7 @@ import numpy as np
 from rmem.v1 import host_pb2 as pb
 from rmem.v1 import types_pb2
 from rmemd.access.callers import Caller
-from rmemd.engine import faultpoints, queries
+from rmemd.engine import faultpoints, onepage, queries
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -69,7 +69,7 @@ class HostService:
 
     def GetPage(self, request: pb.GetPageRequest, call: Call) -> pb.GetPageResponse:
         revision, page = self._engine.read(
-            lambda core: queries.page(core, _resolve(core, request.page))
+            lambda core: onepage.page(core, _resolve(core, request.page))
         )
         return _page(page, revision)
 
@@ -221,14 +221,16 @@ def _agent(agent: int, level: int) -> tuple[Agent, bool]:
 
 
 def _resolve(core: Core, address: pb.PageAddress) -> int:
-    which = address.WhichOneof("address")
-    guest, page = address.guest, address.file_page
-    return resolve(
-        core,
-        address.pfn if which == "pfn" else None,
-        (guest.vm, guest.gfn) if which == "guest" else None,
-        (page.file, page.pgoff) if which == "file_page" else None,
-    )
+    match address.WhichOneof("address"):
+        case "guest":
+            guest = address.guest
+            return resolve(core, None, (guest.vm, guest.gfn), None)
+        case "file_page":
+            page = address.file_page
+            return resolve(core, None, None, (page.file, page.pgoff))
+        case "pfn":
+            return resolve(core, address.pfn, None, None)
+    return resolve(core, None, None, None)
 
 
 def to_move(core: Core, request: pb.MigrateRequest) -> I64:
@@ -329,15 +331,16 @@ def _page_map(core: Core, request: pb.GetPageMapRequest) -> pb.GetPageMapRespons
     return reply
 
 
-def _page(page: queries.Page, revision: int) -> pb.GetPageResponse:
+def _page(page: onepage.Page, revision: int) -> pb.GetPageResponse:
     reply = pb.GetPageResponse(
         revision=revision, pfn=page.pfn, node=page.node, use=_use(page.use), file=page.file,
         pgoff=page.pgoff, vm=page.vm, gfn=page.gfn, is_private=page.is_private, mapped=page.mapped,
         vendor_state=page.vendor_state, content=page.content, references=page.references,
         pins=page.pins, expected_references=page.expected, poisoned=page.poisoned,
-        movable=bool(page.file) and not page.unmovable, unmovable_reason=page.unmovable,
+        movable=page.file != 0 and not page.unmovable, unmovable_reason=page.unmovable,
     )  # fmt: skip
-    reply.holders.extend(map(holder_of, page.holders))
+    if page.holders:
+        reply.holders.extend(map(holder_of, page.holders))
     return reply
 
 

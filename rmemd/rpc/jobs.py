@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import structlog
 from google.longrunning import operations_pb2
@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 
 from rmem.v1 import job_pb2
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.migrate import Outcome, Report

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from rmemd.deferred import dataclass
 from rmemd.errors import HANDING_OVER, INTERRUPTED, NO_KEEPER, RmemError
 
 
@@ -39,7 +40,12 @@ class Lifecycle:
     make_way: Callable[[], None] = field(default=lambda: None)
     handing_over: bool = False
     _calls: int = 0
-    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _waiting: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _idle: threading.Condition = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._idle = threading.Condition(self._lock)
 
     def begin(self, when_over: Callable[[Callable[[], None]], bool]) -> None:
         """Have a call begin.
@@ -50,7 +56,7 @@ class Lifecycle:
         Raises:
             Unavailable: HANDING_OVER.
         """
-        with self._changed:
+        with self._lock:
             if self.handing_over:
                 raise HANDING_OVER("the daemon makes way for its successor")
             self._calls += 1
@@ -59,18 +65,22 @@ class Lifecycle:
 
     def hand_over(self) -> None:
         """Let no call begin any more."""
-        with self._changed:
+        with self._lock:
             self.handing_over = True
 
     def wait_idle(self, seconds: float) -> bool:
         """Wait until the replies of all calls have left; return whether they have in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._calls, seconds)
+        with self._lock:
+            self._waiting += 1
+            idle = self._idle.wait_for(lambda: not self._calls, seconds)
+            self._waiting -= 1
+            return idle
 
     def _end(self) -> None:
-        with self._changed:
+        with self._lock:
             self._calls -= 1
-            self._changed.notify_all()
+            if self._waiting and not self._calls:
+                self._idle.notify_all()
 
     def upgrade(self) -> None:
         """Have the daemon hand over.
@@ -82,7 +92,7 @@ class Lifecycle:
             raise NO_KEEPER("nobody keeps this daemon's memory", state="daemon.keeper is off")
         self.make_way()
 
-    def seen_by_caller(self, error: BaseException | None) -> BaseException | None:
+    def seen_by_caller(self, error: BaseException) -> BaseException:
         """Return what a call ends with, which says so where it was stopped for a successor."""
         if self.handing_over and isinstance(error, RmemError) and error.reason is INTERRUPTED:
             return HANDING_OVER(error.message)

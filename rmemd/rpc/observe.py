@@ -7,16 +7,14 @@ dispatcher tells every observer of every call once, when its answer is decided a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
 log = structlog.get_logger("rmemd.rpc")
 
 
-@dataclass(frozen=True)
-class Called:
+class Called(NamedTuple):
     """How one call went.
 
     Attributes:

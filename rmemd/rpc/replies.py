@@ -26,11 +26,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import field
 from hashlib import sha256
 
 import grpc
 
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.errors import BAD_REQUEST, INTERRUPTED, REQUEST_ID_REUSED
 
@@ -138,15 +139,17 @@ class _Kept:
 
 
 class Turn:
-    """The right to carry a call out, and the duty to say how it ended, once."""
+    """The right to carry a call out, and the duty to say how it ended, once.
+
+    Attributes:
+        key: the name of the call for ``Core.calls``: the same for a repeat, and no other.
+    """
+
+    __slots__ = ("_entry", "_number", "_replies", "_tenant", "key")
 
     def __init__(self, replies: Replies, tenant: str, number: _Number, entry: _Entry) -> None:
         self._replies, self._tenant, self._number, self._entry = replies, tenant, number, entry
-
-    @property
-    def key(self) -> CallKey:
-        """Return the name of the call for ``Core.calls``: the same for a repeat, and no other."""
-        return call_key(self._tenant, self._number, self._entry.digest)
+        self.key = call_key(tenant, number, entry.digest)
 
     def replied(self, reply: bytes) -> bytes:
         """Keep the reply, and return it."""
@@ -258,12 +261,14 @@ class Replies:
     def _claim(self, tenant: str, number: _Number, digest: bytes, secret: bool) -> Turn | _Entry:
         with self._lock:
             self._sweep()
-            kept = self._kept.setdefault(tenant, _Kept())
-            entry = kept.entries.get(number)
+            kept = self._kept.get(tenant)
+            entry = None if kept is None else kept.entries.get(number)
             if entry is not None and self._is_old(entry):
                 self._forget(tenant, number)
-                kept, entry = self._kept.setdefault(tenant, kept), None
+                kept, entry = self._kept.get(tenant), None
             if entry is None:
+                if kept is None:
+                    kept = self._kept[tenant] = _Kept()
                 entry = kept.entries[number] = _Entry(digest, secret)
                 self._entries += 1
                 return Turn(self, tenant, number, entry)

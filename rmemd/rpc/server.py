@@ -14,7 +14,7 @@ import grpc
 from google.longrunning import operations_pb2
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from rmem.v1 import (
     consumer_pb2,
@@ -131,7 +131,10 @@ class RpcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflect:
             names = (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            # not enable_server_reflection, which looks whether the server is an asyncio one
+            servicer = reflection.ReflectionServicer(names)
+            add_reflection = reflection_pb2_grpc.add_ServerReflectionServicer_to_server
+            add_reflection(servicer, self._server)  # type: ignore[no-untyped-call]
 
     def bind(self, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
         """Bind an address ("unix:/path", "127.0.0.1:0") and return its port.

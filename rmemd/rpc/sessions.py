@@ -115,12 +115,9 @@ class SessionService:
         )  # fmt: skip
 
     def _describe(self, core: Core, info: SessionInfo) -> pb.Session:
-        held = sum(
-            core.ledger.count(entry)
-            for entry in core.ledger.entries()
-            if entry.holder == info.label
-        ) + sum(pin.npages for pin in core.sessions.pins_of(info.session))
-        vms = sum(vm.info.owner.session == info.session for vm in core.vms.all())
+        held = sum(map(core.ledger.count, core.ledger.entries_of(info.label)))
+        held += sum(pin.npages for pin in core.sessions.pins_of(info.session))
+        vms = len(core.vms.of_session(info.session))
         session = pb.Session(
             session=info.session, tenant=info.tenant, role=ROLES[info.role], door=info.door,
             pid=info.pid, parent=info.parent, vm=info.vm, held_pages=held, vms=vms,

@@ -15,7 +15,7 @@ from rmemd.model.sessions import Owner
 from rmemd.model.vms import ATTRIBUTE_PRIVATE, Vm
 from rmemd.rpc.consumers import personality, swap_message
 from rmemd.rpc.dispatch import Call
-from rmemd.units import MAX_GFN, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
+from rmemd.units import MAX_GFN, PAGE_SHIFT, PAGE_SIZE, U64, is_page_aligned
 
 NAME_MAX = 64
 
@@ -65,9 +65,11 @@ class VmService:
     def SetMemoryAttributes(
         self, request: pb.SetMemoryAttributesRequest, call: Call
     ) -> pb.SetMemoryAttributesResponse:
-        ranges = [(r.gpa, r.size_bytes, r.attributes) for r in request.ranges]
-        ranges += _unpack(request.packed)
-        if not ranges:
+        ranges = _unpack(request.packed)
+        if request.ranges:
+            listed = [(r.gpa, r.size_bytes, r.attributes) for r in request.ranges]
+            ranges = np.concatenate((np.array(listed, dtype=np.uint64), ranges))
+        if not ranges.size:
             raise BAD_REQUEST("no range is given", field="ranges")
         unchanged = self._engine.set_attributes(request.vm, ranges, request.flags)
         return pb.SetMemoryAttributesResponse(
@@ -116,11 +118,10 @@ def _in_place(wanted: types_pb2.Personality.ValueType) -> bool | None:
     return wanted == types_pb2.PERSONALITY_IN_PLACE
 
 
-def _unpack(packed: bytes) -> list[tuple[int, int, int]]:
+def _unpack(packed: bytes) -> U64:
     if len(packed) % 24:
         raise BAD_REQUEST("packed is not whole records of 24 bytes", field="packed")
-    rows = np.frombuffer(packed, dtype="<u8").reshape(-1, 3).tolist()
-    return [(gpa, size, attributes) for gpa, size, attributes in rows]
+    return np.frombuffer(packed, dtype="<u8").reshape(-1, 3)
 
 
 def _attribute_runs(core: Core, number: int, gpa: int, size: int) -> list[pb.AttributeRange]:

@@ -61,12 +61,16 @@ class Passed:
         try:
             yield
         except BaseException:
-            with self._lock:
-                # unless the session has ended meanwhile, and its charges with it
-                if session in self._by_session:
-                    self._add(tenant, session, -1)
-            self._note(session)
+            self.one_less(tenant, session)
             raise
+
+    def one_less(self, tenant: str, session: int) -> None:
+        """Give back a charge: the descriptor did not leave."""
+        with self._lock:
+            # unless the session has ended meanwhile, and its charges with it
+            if session in self._by_session:
+                self._add(tenant, session, -1)
+        self._note(session)
 
     def forget(self, session: int) -> None:
         """Take a session's off the count: it has ended."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import select
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 from rmemd.access.callers import SOCKETED
+from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.errors import TOKEN_UNKNOWN, RmemError
 from rmemd.session.peer import Peer

@@ -32,12 +32,15 @@ from rmemd.errors import (
 from rmemd.rpc.dispatch import name_error
 from rmemd.rpc.observe import Called, Observer, tell
 from rmemd.rpc.status import code_of, refusal_of, shorten
-from rmemd.session.wire import RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
+from rmemd.session.descriptors import Passed
+from rmemd.session.wire import PASSING, RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
 from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
 
 ECANCELED = 125
 CANCELLED_CODE = 1
 MESSAGE_MAX = 512
+# as plain numbers, since those of enums are slow to combine
+PRIVATE, READ_ONLY, KEEP = map(int, Flag)
 RULES: dict[int, str] = {op: f"Session/{op.name}" for op in Op}
 Result = tuple[int, bytes]
 Handler = Callable[[Record, bytes, int], Result]
@@ -77,6 +80,7 @@ class Operations:
         caller: who asks.
         is_over: whether the session has ended; then nothing more is carried out.
         observers: told of each record as of a call.
+        passed: counts the descriptors that are passed; None: of this engine, from now on.
 
     Attributes:
         hands_over: whether a record was not carried out because another daemon takes over.
@@ -88,8 +92,10 @@ class Operations:
         caller: Caller,
         is_over: Callable[[], bool] = never,
         observers: Sequence[Observer] = (),
+        passed: Passed | None = None,
     ) -> None:
         self._observers = observers
+        self._passed = passed or Passed(engine.core.quotas)
         self._engine = engine
         self._caller = caller
         self._is_over = is_over
@@ -103,11 +109,11 @@ class Operations:
             Op.WRITE_GUEST: self._write_guest, Op.USERFAULT_REGISTER: self._register,
             Op.USERFAULT_UNREGISTER: self._unregister, Op.USERFAULT_COPY: self._copy,
             Op.USERFAULT_ZERO: self._zero, Op.USERFAULT_CONTINUE: self._continue,
-            Op.USERFAULT_WAKE: self._wake,
+            Op.USERFAULT_WAKE: self._wake, Op.CLOSE: self._close,
         }  # fmt: skip
 
     def serve(self, frame: Frame) -> Reply:
-        """Carry a request's records out, in order."""
+        """Carry a request's records out, in order; the reply's descriptor is the caller's."""
         reply = Reply(frame.sequence)
         stopped = False
         for at, record in enumerate(map(Record._make, RECORD.iter_unpack(frame.records))):
@@ -123,7 +129,8 @@ class Operations:
             self._calls.forget((SESSION, self._caller.session, request.sequence, at))
 
     def _named(self, frame: Frame, at: int, record: Record, reply: Reply) -> bool:
-        if record.op in READS:
+        # what nobody waits for, nobody sends again
+        if record.op in READS or frame.is_one_way:
             return self._one(frame, record, reply)
         key = (SESSION, self._caller.session, frame.sequence, at)
         with self._calls.of(key):
@@ -134,13 +141,14 @@ class Operations:
         begun = time.perf_counter() if self._observers else 0.0
         self._engine.core.answered.begin()
         try:
-            data = self.check(frame, record)
-            handler = self._handlers.get(record.op)
-            if handler is None:
-                raise BAD_REQUEST("FD is alone in its datagram", field="op")
-            value, payload = handler(record, data, reply.room)
+            data = self._check(frame, record)
+            if record.op in PASSING:
+                value, reply.fd = self._pass(frame, record)
+                payload = b""
+            else:
+                value, payload = self._handlers[record.op](record, data, reply.room)
         except Exception as error:
-            refusal = self.refuse(reply, record, error, frame.sequence)
+            refusal = self._refuse(reply, record, error, frame.sequence)
             ends = refusal.reason is INTERRUPTED and self._engine.core.draining
             self.hands_over |= ends or refusal.reason is HANDING_OVER
             self._tell(record, begun, refusal.reason.kind.code, refusal.reason.name)
@@ -156,7 +164,7 @@ class Operations:
             named = f"session {self._caller.session}"
             tell(self._observers, Called(method, code, reason, took, named))
 
-    def check(self, frame: Frame, record: Record) -> bytes:
+    def _check(self, frame: Frame, record: Record) -> bytes:
         """Check what all ops have in common, and whether the caller may; return the payload.
 
         Raises:
@@ -188,7 +196,7 @@ class Operations:
             )
         return bytes(frame.payload[record.payload_offset : end])
 
-    def refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
+    def _refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
         """Answer a record with what was raised; return that as a refusal."""
         revision = self._engine.answered
         refusal = name_error(error, f"session {self._caller.session} datagram {sequence}")
@@ -244,13 +252,13 @@ class Operations:
     def _read_guest(self, r: Record, data: bytes, room: int) -> Result:
         _require_room(r.length, room)
         read = self._engine.read_guest(
-            r.object, r.value, r.start, r.length, bool(r.flags & Flag.PRIVATE), self._is_over
+            r.object, r.value, r.start, r.length, bool(r.flags & PRIVATE), self._is_over
         )
         return len(read), read
 
     def _write_guest(self, r: Record, data: bytes, room: int) -> Result:
         self._engine.write_guest(
-            r.object, r.value, r.start, data, bool(r.flags & Flag.PRIVATE), self._is_over
+            r.object, r.value, r.start, data, bool(r.flags & PRIVATE), self._is_over
         )
         return len(data), b""
 
@@ -266,10 +274,41 @@ class Operations:
         self._engine.write_shared(r.object, r.start, data, self._caller.session, self._is_over)
         return len(data), b""
 
-    def descriptor(self, r: Record) -> int:
-        """Return the descriptor that an FD record asks for; the caller closes it."""
-        read_only = bool(r.flags & Flag.READ_ONLY)
-        return self._engine.shared_descriptor(r.object, self._caller.session, read_only)
+    # --- files, and descriptors of their shared half -----------------------------------------
+    def _pass(self, frame: Frame, r: Record) -> tuple[int, int]:
+        """Return the value and the descriptor (-1: none) that a record asks for."""
+        if frame.count != 1 or frame.is_one_way:
+            raise BAD_REQUEST(f"{Op(r.op).name} is alone in its datagram, and answered", field="op")
+        if r.op == Op.FD:
+            return 0, self._descriptor(r.object, bool(r.flags & READ_ONLY))
+        return self._create(r)
+
+    def _create(self, r: Record) -> tuple[int, int]:
+        core, session = self._engine.core, self._caller.session
+        file = self._engine.create_file(r.object, r.length, r.value, session, r.start).info.file
+        made_at = core.answered.revision
+        # of memory that served the session before, it has a descriptor
+        fd = -1
+        if not core.shared.is_only(file, session):
+            try:
+                fd = self._descriptor(file, read_only=False)
+            except Exception:
+                self._engine.close_file(file)
+                raise
+        core.answered.revision = made_at
+        return file, fd
+
+    def _descriptor(self, file: int, read_only: bool) -> int:
+        with self._passed.one_more(self._caller.tenant, self._caller.session):
+            return self._engine.shared_descriptor(file, self._caller.session, read_only)
+
+    def not_sent(self, reply: Reply) -> None:
+        """Know that a reply with a descriptor did not leave."""
+        self._passed.one_less(self._caller.tenant, self._caller.session)
+
+    def _close(self, r: Record, data: bytes, room: int) -> Result:
+        session = self._caller.session if r.flags & KEEP else 0
+        return self._engine.close_file(r.object, session), b""
 
     # --- page fault handlers -----------------------------------------------------------------
     def _register(self, r: Record, data: bytes, room: int) -> Result:
@@ -293,7 +332,7 @@ class Operations:
 
     def _continue(self, r: Record, data: bytes, room: int) -> Result:
         pgoff, npages = _pages(r.start, r.length)
-        private, session = bool(r.flags & Flag.PRIVATE), self._caller.session
+        private, session = bool(r.flags & PRIVATE), self._caller.session
         return self._engine.userfault_continue(r.object, pgoff, npages, private, session), b""
 
     def _wake(self, r: Record, data: bytes, room: int) -> Result:

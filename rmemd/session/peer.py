@@ -11,7 +11,8 @@ import os
 import select
 import socket
 import struct
-from dataclasses import dataclass
+
+from rmemd.deferred import dataclass
 
 # not in Python's socket module; Linux 6.5
 SO_PEERPIDFD = 77

@@ -29,14 +29,10 @@ from rmemd.session.expected import Expected, MakingWay
 from rmemd.session.ops import Operations
 from rmemd.session.wire import (
     DATAGRAM_MAX,
-    RECORD,
     Broken,
     Frame,
     Hello,
     Kind,
-    Op,
-    Record,
-    Reply,
     Resume,
     Role,
     decode,
@@ -50,6 +46,9 @@ from rmemd.session.wire import (
 EOF, PROTOCOL, SILENT, REFUSED, SLOW = "eof", "protocol", "silent", "refused", "slow reader"
 # not a session's end but the daemon's, after which another goes on with it
 STOP = "stop"
+# as plain numbers, since those of ``socket`` are slow to combine
+_CUT_DESCRIPTORS, _CUT_BYTES = int(socket.MSG_CTRUNC), int(socket.MSG_TRUNC)
+_CUT = _CUT_DESCRIPTORS | _CUT_BYTES
 
 log = structlog.get_logger("rmemd.session")
 
@@ -106,7 +105,7 @@ class Talk:
             self._abandon(info)
         self._caller = Caller(info.tenant, info.role, info.session, info.vm, SOCKET)
         self._operations = Operations(
-            self._engine, self._caller, self._connection.is_over, self._observers
+            self._engine, self._caller, self._connection.is_over, self._observers, self._passed
         )
         self._how = "session_opened" if resumed is None else "session_resumed"
         self._token = token
@@ -174,44 +173,28 @@ class Talk:
                 request = decode(data, Kind.REQUEST)
             except Broken as broken:
                 raise self._refused(BAD_REQUEST(str(broken), field="frame"), PROTOCOL) from broken
-            if request.count == 1 and _op(request) == Op.FD:
-                self._pass_descriptor(request)
-            else:
-                self._answer(request)
+            self._answer(request)
         raise Gone(self._connection.why)
 
     def _answer(self, request: Frame) -> None:
         operations = self._operations
-        reply = operations.serve(request).encode()
-        if operations.hands_over or self._connection.why == STOP:
-            # the next daemon answers: what was carried out it does not do again
-            raise Gone(STOP)
-        self._send(reply)
+        reply = operations.serve(request)
+        try:
+            if operations.hands_over or self._connection.why == STOP:
+                # the next daemon answers: what was carried out it does not do again
+                raise Gone(STOP)
+            if request.is_one_way:
+                return
+            self._send(reply.encode(), reply.fd)
+        except BaseException:
+            if reply.fd >= 0:
+                operations.not_sent(reply)
+            raise
+        finally:
+            if reply.fd >= 0:
+                os.close(reply.fd)
         # from here on it is the client's, even if the daemon dies before it is read
         operations.answered(request)
-
-    def _pass_descriptor(self, request: Frame) -> None:
-        record = Record._make(RECORD.unpack(request.records))
-        reply = Reply(request.sequence)
-        self._engine.core.answered.begin()
-        try:
-            self._operations.check(request, record)
-            with self._passed.one_more(self._caller.tenant, self._caller.session):
-                fd = self._operations.descriptor(record)
-                try:
-                    reply.done(record.tag, 0, self._engine.answered)
-                    descriptors.send(self._sock, reply.encode(), fd)
-                finally:
-                    os.close(fd)
-                return
-        except BrokenPipeError as gone:
-            raise Gone(EOF) from gone
-        except BlockingIOError as full:
-            raise Gone(SLOW) from full
-        except Exception as error:
-            reply = Reply(request.sequence)
-            self._operations.refuse(reply, record, error, request.sequence)
-        self._send(reply.encode())
 
     # --- datagrams ---------------------------------------------------------------------------
     def _receive(self) -> memoryview:
@@ -220,16 +203,19 @@ class Talk:
         except ConnectionError as reset:
             # it closed its end with our replies unread
             raise Gone(EOF) from reset
-        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
-            what = "descriptors" if flags & socket.MSG_CTRUNC else f"more than {DATAGRAM_MAX} bytes"
+        if flags & _CUT:
+            what = "descriptors" if flags & _CUT_DESCRIPTORS else f"more than {DATAGRAM_MAX} bytes"
             raise self._refused(BAD_REQUEST(f"the datagram has {what}", field="frame"), PROTOCOL)
         if n == 0:
             raise Gone(EOF)
         return self._view[:n]
 
-    def _send(self, datagram: bytes) -> None:
+    def _send(self, datagram: bytes, fd: int = -1) -> None:
         try:
-            self._sock.send(datagram)
+            if fd < 0:
+                self._sock.send(datagram)
+            else:
+                descriptors.send(self._sock, datagram, fd)
         except BlockingIOError as full:
             raise Gone(SLOW) from full
         except ConnectionError as gone:
@@ -245,11 +231,6 @@ class Talk:
         with contextlib.suppress(OSError):
             self._sock.send(refused_frame(refusal, self._engine.revision), socket.MSG_DONTWAIT)
         return Gone(why)
-
-
-def _op(request: Frame) -> int:
-    """Return the op of a request's first record, which comes first in it."""
-    return int.from_bytes(request.records[:2], "little")
 
 
 def refused_frame(refusal: RmemError, revision: int) -> bytes:

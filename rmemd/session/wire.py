@@ -8,10 +8,10 @@ record's result.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
+from rmemd.deferred import dataclass
 from rmemd.engine.listeners import News, Revoked
 from rmemd.engine.pendingfaults import FAULT, Message
 from rmemd.units import PAGE_SHIFT
@@ -51,9 +51,10 @@ class Kind(IntEnum):
 
 
 class FrameFlag(IntFlag):
-    """STOP: the records after the first refused one are not carried out."""
+    """STOP: the records after the first refused one are not carried out. ONE_WAY: no reply."""
 
     STOP = 1
+    ONE_WAY = 2
 
 
 class Role(IntEnum):
@@ -88,6 +89,12 @@ class Op(IntEnum):
     USERFAULT_ZERO = 16
     USERFAULT_CONTINUE = 17
     USERFAULT_WAKE = 18
+    CREATE = 19
+    CLOSE = 20
+
+
+# what a record passes along makes the rest of its datagram wait: they are alone in theirs
+PASSING = frozenset({Op.FD, Op.CREATE})
 
 
 class Flag(IntFlag):
@@ -95,6 +102,7 @@ class Flag(IntFlag):
 
     PRIVATE = 1
     READ_ONLY = 2
+    KEEP = 4
 
 
 class NoticeKind(IntEnum):
@@ -157,7 +165,8 @@ class Use(NamedTuple):
 
 
 def _use(fields: str, payload: bool = False, flags: int = 0) -> Use:
-    return Use(frozenset(fields.split()), payload, flags)
+    # a plain number, as those of enums are slow to combine
+    return Use(frozenset(fields.split()), payload, int(flags))
 
 
 USES: dict[int, Use] = {
@@ -179,6 +188,8 @@ USES: dict[int, Use] = {
     Op.USERFAULT_ZERO: _use("object start length"),
     Op.USERFAULT_CONTINUE: _use("object start length", flags=Flag.PRIVATE),
     Op.USERFAULT_WAKE: _use("object start length"),
+    Op.CREATE: _use("object start length value"),
+    Op.CLOSE: _use("object", flags=Flag.KEEP),
 }
 _FIELDS = {"object": 3, "start": 4, "length": 5, "value": 6}
 # by op: the positions in a record that must be zero, with their names
@@ -191,11 +202,15 @@ UNUSED: dict[int, tuple[tuple[int, str], ...]] = {
 }
 
 
+# as plain numbers, which are quicker
+_STOP, _ONE_WAY = int(FrameFlag.STOP), int(FrameFlag.ONE_WAY)
+
+
 class Broken(Exception):
     """The datagram is none of ours; the message says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Frame:
     """A datagram's header, and what follows it."""
 
@@ -209,7 +224,12 @@ class Frame:
     @property
     def stops(self) -> bool:
         """Return whether the first refusal ends it."""
-        return bool(self.flags & FrameFlag.STOP)
+        return bool(self.flags & _STOP)
+
+    @property
+    def is_one_way(self) -> bool:
+        """Return whether nobody waits for a reply."""
+        return bool(self.flags & _ONE_WAY)
 
 
 @dataclass(frozen=True)
@@ -241,7 +261,7 @@ def decode(data: memoryview, expected: Kind) -> Frame:
         raise Broken(f"magic {magic:#x}, version {version}; known are {MAGIC:#x}, {VERSION}")
     if kind != expected:
         raise Broken(f"kind {kind} where {expected.name} ({int(expected)}) is expected")
-    if flags & ~int(FrameFlag.STOP):
+    if flags & ~(_STOP | _ONE_WAY):
         raise Broken(f"flags {flags:#x}")
     if count > RECORDS_MAX or payload_length > PAYLOAD_MAX:
         raise Broken(
@@ -304,9 +324,14 @@ def welcome(
 
 
 class Reply:
-    """The reply to a request, as it grows: one result a record, and their payload."""
+    """The reply to a request, as it grows: one result a record, and their payload.
+
+    Attributes:
+        fd: a descriptor that goes with it, -1 if none; whoever sends the reply closes it.
+    """
 
     def __init__(self, sequence: int) -> None:
+        self.fd = -1
         self._sequence = sequence
         self._results: list[bytes] = []
         self._payload: list[bytes] = []

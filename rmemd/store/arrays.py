@@ -8,7 +8,6 @@ equal bytes. Nothing here keeps an array or a view of one.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
@@ -22,13 +21,11 @@ DTYPES = tuple(
     for name in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 )
 # up to here an array is written as it lies: looking for a pattern would cost more
-SHORT = 16
+SHORT = 64
 RAW, PROGRESSION, RUNS = range(3)
 
 _CODES: dict[Any, int] = {dtype: code for code, dtype in enumerate(DTYPES)}
 _NAMED = {dtype.str: code for code, dtype in enumerate(DTYPES)}
-_U64 = struct.Struct("<Q")
-_MASK = (1 << 64) - 1
 _MAX_RUNS_SIZE = 1 << 32
 
 
@@ -49,15 +46,15 @@ def code_of(dtype: np.dtype[Any]) -> int:
     return code
 
 
-def body(array: Array, code: int) -> list[Any]:
-    """Return the form byte and what follows it, as buffers to be joined before the array changes.
+def body(array: Array, code: int) -> tuple[Any, ...]:
+    """Return the form and what goes with it, to be written before the array changes.
 
     ``array`` is one-dimensional, of more than ``SHORT`` entries, and ``code`` that of its dtype.
     """
     dtype = DTYPES[code]
     plain = np.ascontiguousarray(array, dtype=dtype)
     if dtype.kind == "f":
-        return [bytes((RAW,)), plain.data.cast("B")]
+        return RAW, plain.data.cast("B")
     numbers = plain.view(np.uint8) if dtype.kind == "b" else plain
     # differences wrap as the dtype does, and so does the sum of them
     steps = numbers[1:] - numbers[:-1]
@@ -65,56 +62,48 @@ def body(array: Array, code: int) -> list[Any]:
     broken = steps != step
     nbreaks = int(np.count_nonzero(broken))
     if nbreaks == 0:
-        return [
-            bytes((PROGRESSION,)), _word(numbers[0]), _word(step),
-        ]  # fmt: skip
+        return PROGRESSION, numbers[0].item(), step
     if numbers.size >= _MAX_RUNS_SIZE or (nbreaks + 1) * (numbers.itemsize + 4) > plain.nbytes // 2:
-        return [bytes((RAW,)), plain.data.cast("B")]
+        return RAW, plain.data.cast("B")
     begins = np.flatnonzero(broken) + 1
     starts = numbers[np.concatenate((np.zeros(1, dtype=np.int64), begins))]
-    return [
-        bytes((RUNS,)), _word(step), _U64.pack(nbreaks),
-        begins.astype("<u4").tobytes(), starts.tobytes(),
-    ]  # fmt: skip
+    return RUNS, step, begins.astype("<u4").tobytes(), starts.tobytes()
 
 
-def read_body(data: memoryview, at: int, code: int, n: int) -> tuple[Array, int]:
-    """Return the array of ``n`` entries that ``body`` wrote at ``at``, and where it ended.
+def read_body(code: int, n: int, form: int, *parts: Any) -> Array:
+    """Return the array of ``n`` entries that ``body`` made ``form`` and ``parts`` of.
 
     Raises:
-        ValueError: the bytes say no such thing.
+        ValueError: they say no such thing.
     """
-    form, at = data[at], at + 1
     dtype = DTYPES[code]
     if form == RAW:
-        return read_raw(data, at, code, n)
+        found = read_raw(code, *parts)
+        if found.size != n:
+            raise ValueError(f"an array of {n} entries has {found.size}")
+        return found
     number = np.dtype(np.uint8) if dtype.kind == "b" else dtype
     if form == PROGRESSION:
-        start, step = _number(data, at, number), _number(data, at + 8, number)
-        return _progression(start, step, n, number).view(dtype), at + 16
+        start, step = parts
+        return _progression(number.type(start), number.type(step), n, number).view(dtype)
     if form != RUNS:
         raise ValueError(f"an array's form is {form}")
-    step = _number(data, at, number)
-    nbreaks = _U64.unpack_from(data, at + 8)[0]
-    begins, at = read_raw(data, at + 16, _CODES[np.dtype("u4")], nbreaks)
-    starts, at = read_raw(data, at, _CODES[number], nbreaks + 1)
+    step = number.type(parts[0])
+    begins = read_raw(_CODES[np.dtype("u4")], parts[1])
+    starts = read_raw(_CODES[number], parts[2])
     edges = np.concatenate(([0], begins.astype(np.int64), [n]))
     begun = starts - _progression(number.type(0), step, n, number)[edges[:-1]]
-    out = np.repeat(begun, np.diff(edges)) + _progression(number.type(0), step, n, number)
-    return out.view(dtype), at
+    out: Array = np.repeat(begun, np.diff(edges)) + _progression(number.type(0), step, n, number)
+    return out.view(dtype)
 
 
-def read_raw(data: memoryview, at: int, code: int, n: int) -> tuple[Array, int]:
-    """Return a copy of ``n`` entries that lie at ``at`` as they are, and where they end.
+def read_raw(code: int, data: bytes) -> Array:
+    """Return a copy of the entries that ``data`` are.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: they are no whole number of entries.
     """
-    dtype = DTYPES[code]
-    end = at + n * dtype.itemsize
-    if end > len(data):
-        raise ValueError(f"an array ends {end - len(data)} bytes past its entry")
-    return np.frombuffer(data[at:end], dtype=dtype).copy(), end
+    return np.frombuffer(data, dtype=DTYPES[code]).copy()
 
 
 def _progression(start: Any, step: Any, n: int, dtype: np.dtype[Any]) -> Array:
@@ -125,11 +114,3 @@ def _progression(start: Any, step: Any, n: int, dtype: np.dtype[Any]) -> Array:
     out *= step
     out += start
     return out
-
-
-def _word(number: Any) -> bytes:
-    return _U64.pack(int(number) & _MASK)
-
-
-def _number(data: memoryview, at: int, dtype: np.dtype[Any]) -> Any:
-    return np.array([_U64.unpack_from(data, at)[0]], dtype=np.uint64).astype(dtype)[0]

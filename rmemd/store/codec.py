@@ -8,35 +8,38 @@ in it (``values``), never across entries, because a log may begin anywhere.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from operator import attrgetter
+from typing import Any, NamedTuple
 
-from rmemd.hooks.writes import Write
+from rmemd.hooks.writes import TableSpec, Write
 from rmemd.store.values import (
     JournalUnreadable,
     Reader,
-    Writer,
-    count,
+    Shaper,
     decode_value,
+    encode,
     encode_value,
     reading,
 )
 from rmemd.units import I64, U64
 
-FORMAT = 1
+FORMAT = 2
 """Raised with every change that an older reader would not understand."""
 
-_RECORD, _NOTE = 0x11, 0x12
+_RECORD, _NOTE = 0x21, 0x22
 _HEAD = struct.Struct("<BI")
 # the code of an op is its place; new ones go to the end
-_OPS = (("put", 2), ("fill", 3), ("store", 2), ("set", 2), ("drop", 1), ("create", 1),
+_OPS = (("put", 2), ("fill", 3), ("store", 2), ("set", 2), ("drop", 1), ("create", 5),
         ("destroy", 1))  # fmt: skip
-_OP_CODES = {name: (bytes((code,)), arity) for code, (name, arity) in enumerate(_OPS)}
+_OP_CODES = {name: (code, arity) for code, (name, arity) in enumerate(_OPS)}
+_NO_OP = (-1, -1)
+_of_table = attrgetter("name", "kind", "dtype", "fill", "length")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One committed transaction.
 
     Attributes:
@@ -60,8 +63,7 @@ class Record:
         return 256 * len(self.writes) + sum(getattr(arg, "nbytes", 0) for arg in written)
 
 
-@dataclass(frozen=True)
-class NoteEntry:
+class NoteEntry(NamedTuple):
     """A note that was set to ``value``, or ``dropped``."""
 
     kind: str
@@ -76,28 +78,7 @@ def encode_record(record: Record) -> bytes:
     Raises:
         TypeError: it holds something that is not plain, or a write that is no forward one.
     """
-    writer = Writer()
-    put, value = writer.parts.append, writer.value
-    value(record.revision)
-    value(record.label)
-    put(count(len(record.writes)))
-    for write in record.writes:
-        code, arity = _OP_CODES.get(write.op, (b"", -1))
-        if len(write.args) != arity:
-            raise TypeError(f"{write.op} of {write.table} is no forward write")
-        put(code)
-        value(write.table)
-        for arg in write.args:
-            value(arg)
-    put(count(len(record.events)))
-    for kind, named in record.events:
-        value(kind)
-        value(named)
-    put(count(len(record.digests)))
-    for frames, digests in record.digests:
-        value(frames)
-        value(digests)
-    return _entry(_RECORD, writer)
+    return _entry(_RECORD, encode(partial(_shape_record, record)))
 
 
 def encode_note(note: NoteEntry) -> bytes:
@@ -106,10 +87,8 @@ def encode_note(note: NoteEntry) -> bytes:
     Raises:
         TypeError: it holds something that is not plain.
     """
-    writer = Writer()
-    for part in (note.kind, note.key, note.value, note.dropped):
-        writer.value(part)
-    return _entry(_NOTE, writer)
+    parts = note.kind, note.key, note.value, note.dropped
+    return _entry(_NOTE, encode(lambda shaper: shaper.all_shaped(parts)))
 
 
 def decode(data: memoryview | bytes) -> list[Record | NoteEntry]:
@@ -130,34 +109,55 @@ def decode(data: memoryview | bytes) -> list[Record | NoteEntry]:
         read = _ENTRIES.get(kind)
         if read is None:
             raise JournalUnreadable(f"entries of kind {kind:#x} are of another version of rmemd")
-        found.append(reading(view[at : at + length], length, read))
+        if at + length > len(view):
+            raise JournalUnreadable(f"an entry of {length} bytes has {len(view) - at}")
+        found.append(reading(view[at : at + length], read))
         at += length
     return found
 
 
-def _entry(kind: int, writer: Writer) -> bytes:
-    body = b"".join(writer.parts)
+def _entry(kind: int, body: bytes) -> bytes:
     return _HEAD.pack(kind, len(body)) + body
 
 
-def _read_record(reader: Reader) -> Record:
-    revision, label = reader.value(), reader.value()
-    writes = tuple(_read_write(reader) for _ in range(reader.count()))
-    events = tuple((reader.value(), reader.value()) for _ in range(reader.count()))
-    digests = tuple((reader.value(), reader.value()) for _ in range(reader.count()))
-    return Record(revision, label, writes, events, digests)
+def _shape_record(record: Record, shaper: Shaper) -> Any:
+    parts: list[Any] = [record.revision, record.label]
+    for table, op, args in record.writes:
+        code, arity = _OP_CODES.get(op, _NO_OP)
+        given = _of_table(*args) if op == "create" else args
+        if len(given) != arity:
+            raise TypeError(f"{op} of {table} is no forward write")
+        parts += (code, table)
+        parts += given
+    events = [part for event in record.events for part in event]
+    digests = [part for pair in record.digests for part in pair]
+    shaped = shaper.all_shaped
+    return shaped(parts), shaped(events), shaped(digests)
 
 
-def _read_write(reader: Reader) -> Write:
-    op, arity = _OPS[reader.take(1)[0]]
-    return Write(reader.value(), op, tuple(reader.value() for _ in range(arity)))
+def _read_record(reader: Reader, shaped: Any) -> Record:
+    (revision, label, *writes), events, digests = map(reader.all, shaped)
+    return Record(revision, label, tuple(_writes(iter(writes))), _pairs(events), _pairs(digests))
 
 
-def _read_note(reader: Reader) -> NoteEntry:
-    return NoteEntry(reader.value(), reader.value(), reader.value(), reader.value())
+def _writes(parts: Iterator[Any]) -> Iterator[Write]:
+    for code in parts:
+        op, arity = _OPS[code]
+        table, *args = islice(parts, arity + 1)
+        if len(args) != arity:
+            raise ValueError(f"{op} of {table} has {len(args)} arguments")
+        yield Write(table, op, (TableSpec(*args),) if op == "create" else tuple(args))
 
 
-_ENTRIES: dict[int, Callable[[Reader], Any]] = {_RECORD: _read_record, _NOTE: _read_note}
+def _pairs(parts: list[Any]) -> tuple[Any, ...]:
+    return tuple(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _read_note(reader: Reader, shaped: Any) -> NoteEntry:
+    return NoteEntry(*reader.all(shaped))
+
+
+_ENTRIES: dict[int, Callable[[Reader, Any], Any]] = {_RECORD: _read_record, _NOTE: _read_note}
 
 
 __all__ = [

@@ -8,11 +8,12 @@ that nobody owns yet before a transaction is recorded, and destroys only after.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.errors import HW_POISON
 from rmemd.hooks.tx import ByteOp, Tx
 from rmemd.hooks.types import KeySpec
@@ -20,7 +21,7 @@ from rmemd.model.host import ARENA, Host, Stored
 from rmemd.store.keys import FrameKey
 from rmemd.store.memfd import Memfd
 from rmemd.store.system import SYSTEM, System
-from rmemd.units import I64, PAGE_SIZE, U8, U32, U64, Bools
+from rmemd.units import I64, PAGE_SIZE, U8, U32, U64, Bools, distinct
 
 _PLAIN = KeySpec(0, "host", plain=True)
 _SCRAMBLER = KeySpec(-1, "host")
@@ -40,11 +41,7 @@ class Contents:
 
 
 class MemoryController:
-    """Bytes of frames: raw on the bus, plain for the owner of the key.
-
-    Attributes:
-        scrambler: makes the bytes that "destroyed" content reads as.
-    """
+    """Bytes of frames: raw on the bus, plain for the owner of the key."""
 
     def __init__(
         self, host: Host, seed: int, kept: int | None = None, system: System = SYSTEM
@@ -53,7 +50,12 @@ class MemoryController:
         self._seed = seed
         self._arena = Memfd("rmemd-arena", host.nframes, kept, system)
         self._keys: dict[int, FrameKey] = {0: FrameKey(seed, _PLAIN)}
-        self.scrambler = FrameKey(seed, _SCRAMBLER)
+
+    @cached_property
+    def scrambler(self) -> FrameKey:
+        """Return what makes the bytes that "destroyed" content reads as."""
+        # made when it is asked for: OpenSSL sets itself up with its first key
+        return FrameKey(self._seed, _SCRAMBLER)
 
     # --- reading -----------------------------------------------------------------------------
     def raw(self, pfns: I64) -> U8:
@@ -69,12 +71,14 @@ class MemoryController:
                 f"pfn {int(pfns[bad[0]]):#x} failed its integrity check", state="tainted",
                 page=f"pfn {int(pfns[bad[0]]):#x}", rule="tdx.md §6: poison is sticky",
             )  # fmt: skip
-        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
         there = np.flatnonzero(stored == Stored.BYTES)
+        if there.size == pfns.size:
+            return self._arena.read(pfns)
+        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
         if there.size:
             out[there] = self._arena.read(pfns[there])
         zeros = np.flatnonzero(stored == Stored.KEY_ZERO)
-        for key_id in np.unique(self._host.key.get(pfns[zeros])).tolist():
+        for key_id in distinct(self._host.key.get(pfns[zeros])).tolist():
             mask = zeros[self._host.key.get(pfns[zeros]) == key_id]
             out[mask] = self.key(key_id).encrypt(pfns[mask], out[mask])
         return out
@@ -87,12 +91,14 @@ class MemoryController:
         """
         key = self.key(key_id)
         stored, keys = self._host.stored.get(pfns), self._host.key.get(pfns)
-        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
         failed = stored == Stored.TAINTED
         if key.spec.integrity:
             failed |= keys != key_id
         rest = ~failed & ~((stored == Stored.KEY_ZERO) & (keys == key_id))
         at = np.flatnonzero(rest)
+        if at.size == pfns.size and not key.spec.integrity:
+            return key.decrypt(pfns, self.raw(pfns)), failed
+        out = np.zeros((pfns.size, PAGE_SIZE), dtype=np.uint8)
         if at.size:
             raw = self.raw(pfns[at])
             if key.spec.integrity:
@@ -101,6 +107,18 @@ class MemoryController:
                 at, raw = at[~broken], raw[~broken]
             out[at] = key.decrypt(pfns[at], raw)
         return out, failed
+
+    def zeros(self, pfns: I64, key_id: int) -> Bools:
+        """Return which frames the owner of a key is known to read zeros of, without a look.
+
+        Of the others some may hold zeros as well.
+        """
+        stored, keys = self._host.stored.get(pfns), self._host.key.get(pfns)
+        spec = self.key(key_id).spec
+        zeros: Bools = (stored == Stored.KEY_ZERO) & (keys == key_id)
+        if spec.plain and not spec.integrity:
+            zeros |= stored == Stored.RAW_ZERO
+        return zeros
 
     # --- named byte operations ---------------------------------------------------------------
     def perform(self, ops: list[ByteOp]) -> list[Contents]:
@@ -142,7 +160,8 @@ class MemoryController:
         """Return the frames that the arena holds a page of and should not, and the reverse."""
         there = self._arena.present(0, self._host.nframes)
         meant = np.flatnonzero(self._host.flags.view & ARENA)
-        return np.setdiff1d(there, meant), np.setdiff1d(meant, there)
+        unmeant = np.setdiff1d(there, meant, assume_unique=True)
+        return unmeant, np.setdiff1d(meant, there, assume_unique=True)
 
     def taint(self, tx: Tx, pfns: I64) -> None:
         """Make failed frames fail from now on, until a full-line write."""
@@ -209,6 +228,12 @@ class MemoryController:
             self._arena.write(dst[rest], raw)
             done.append(contents)
         return [c for c in done if c.pfns.size]
+
+
+def zeros_of(pfns: I64, key_id: int) -> Contents:
+    """Return what makes frames read as zeros to the owner of a key; 0: on the bus."""
+    state = Stored.KEY_ZERO if key_id else Stored.RAW_ZERO
+    return Contents(pfns, _all(pfns, state), key_id, np.zeros(pfns.size, dtype=np.uint32))
 
 
 def page_sums(rows: U8) -> U64:

@@ -17,12 +17,13 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 from zlib import crc32
 
+from rmemd.deferred import dataclass
 from rmemd.store import codec
 from rmemd.store.codec import JournalUnreadable
 from rmemd.store.memfd import FALLOC_FL_KEEP_SIZE
@@ -36,6 +37,9 @@ RESERVE_BYTES = 1 << 20
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _HEAD = struct.Struct("<II")
 _LENGTH = struct.Struct("<I")
+# what the crc is of, before the payload; and what lies before the payload
+_BEGIN = struct.Struct("<Ic").pack
+_OPEN = struct.Struct("<IIc").pack
 # magic, format of frames, format of entries, generation, boot id; then the caller's header
 _HEADER = struct.Struct("<8sIIQ16s")
 _OPENING, _CHECKPOINT, _CLOSING, _APPENDED = b"H", b"C", b"E", b"A"
@@ -300,9 +304,9 @@ class _Pen:
         length = 1 + len(payload)
         if length > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {length} bytes: {MAX_FRAME_BYTES} is the most")
-        crc = crc32(payload, crc32(kind, crc32(_LENGTH.pack(length), self.crc)))
+        crc = crc32(payload, crc32(_BEGIN(length, kind), self.crc))
         try:
-            _write(self.fd, [_HEAD.pack(length, crc) + kind, payload], self.end)
+            _write(self.fd, [_OPEN(length, crc, kind), payload], self.end, _HEAD.size + length)
         except OSError:
             # if this fails, too, the next frame is written over what is there now
             with suppress(OSError):
@@ -317,10 +321,9 @@ def _make() -> tuple[int, int]:
     return growing("rmemd-journal-0"), growing("rmemd-journal-1")
 
 
-def _write(fd: int, buffers: list[bytes], at: int) -> None:
+def _write(fd: int, buffers: list[bytes], at: int, nbytes: int) -> None:
     """Write buffers one after another, in one call unless the system takes less at a time."""
-    done = os.pwritev(fd, buffers, at)
-    left = sum(map(len, buffers)) - done
+    left = nbytes - os.pwritev(fd, buffers, at)
     if left:
         rest = memoryview(b"".join(buffers))
         while left:

@@ -1,25 +1,29 @@
 """Bytes of plain values: what records, notes and writes are made of.
 
-Owns the tags. Texts, classes and arrays are written once per ``Writer`` and named by number after
-that. Equal values give equal bytes, whatever objects they are, and what is written is a copy once
-the bytes are joined, so that an array may change afterwards.
+Owns the mapping onto MessagePack, which a compiled encoder writes in one go. What MessagePack has
+is itself: None, booleans, floats, texts, bytes, integers of 64 bits, and dicts of such. Everything
+else is *shaped* into an array that begins with a tag; a short numeric array is an extension whose
+code is its dtype. Classes, and arrays that come again, are written once per ``Shaper`` and named
+by number after that. Equal values give equal bytes, whatever objects they are, and what is written
+is a copy, so that an array may change afterwards.
 
 A frozen dataclass or a member of an Enum is written by the names of its class and fields. Reading
 constructs it from the fields that its class still has, so that a field which came later takes its
-default, and one which is gone is left out.
+default, and one which is gone is left out. Nothing else is constructed, and nothing is executed.
 """
 
 from __future__ import annotations
 
 import importlib
-import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
+from msgspec import MsgspecError, msgpack
 
 from rmemd.store import arrays
 
@@ -34,9 +38,7 @@ def encode_value(value: Any) -> bytes:
     Raises:
         TypeError: it is not plain.
     """
-    writer = Writer()
-    writer.value(value)
-    return b"".join(writer.parts)
+    return encode(lambda shaper: shaper.shaped(value))
 
 
 def decode_value(data: memoryview | bytes) -> Any:
@@ -45,297 +47,267 @@ def decode_value(data: memoryview | bytes) -> Any:
     Raises:
         JournalUnreadable: the bytes say no such thing.
     """
-    view = memoryview(data)
-    return reading(view, len(view), Reader.value)
+    return reading(data, Reader.value)
 
 
 # --- writing -------------------------------------------------------------------------------------
-_BYTE = tuple(bytes((n,)) for n in range(256))
-_SMALL = 0x80
-"""Tags from here on are the integers 0..127 themselves."""
 (
-    _NONE, _FALSE, _TRUE, _INT4, _INT8, _BIG, _FLOAT, _TEXT, _TEXT_AGAIN, _BYTES, _TUPLE, _LIST,
-    _DICT, _FROZENSET, _CLASS, _OBJECT, _MEMBER, _SCALAR, _SHORT, _ARRAY, _ARRAY_AGAIN,
-) = range(21)  # fmt: skip
-_INTEGERS = tuple(bytes((_SMALL + n,)) for n in range(128))
-_AGAIN = tuple(bytes((_TEXT_AGAIN, n)) for n in range(255))
-_int4 = struct.Struct("<Bi").pack
-_int8 = struct.Struct("<Bq").pack
-_float = struct.Struct("<Bd").pack
-_long = struct.Struct("<BQ").pack
-_SHORT_HEADS = tuple(
-    tuple(bytes((_SHORT, code, n)) for n in range(arrays.SHORT + 1))
-    for code in range(len(arrays.DTYPES))
-)
+    _BIG, _TEXT, _TUPLE, _LIST, _DICT, _FROZENSET, _OBJECT, _MEMBER, _SCALAR, _ARRAY, _ARRAY_AGAIN,
+) = range(11)  # fmt: skip
+_SCALARS = frozenset((type(None), bool, int, float, str, bytes))
+# what needs no shape: of texts and integers nearly all, and arrays get theirs from the encoder
+_DIRECT = _SCALARS | {np.ndarray}
+_ALWAYS_DIRECT = _DIRECT - {int, str}
+_INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 
 
-def count(n: int) -> bytes:
-    """Return a count as bytes: one if it is below 255."""
-    return _BYTE[n] if n < 255 else _long(255, n)
+def encode(shape: Callable[[Shaper], Any]) -> bytes:
+    """Return what ``shape`` makes of plain values as bytes.
+
+    Raises:
+        TypeError: one of them is not plain.
+    """
+    try:
+        return _encode(shape, _DIRECT)
+    except (OverflowError, UnicodeEncodeError):
+        # a text with surrogates, or an integer of more than 64 bits: then each is looked at
+        return _encode(shape, _ALWAYS_DIRECT)
 
 
-class Writer:
-    """Values being written, in ``parts``, and what has been written of them already."""
+def _encode(shape: Callable[[Shaper], Any], direct: frozenset[type]) -> bytes:
+    shaper = Shaper(direct)
+    return msgpack.encode(shape(shaper), enc_hook=shaper.array)
 
-    __slots__ = ("arrays", "classes", "long_arrays", "narrays", "parts", "texts")
 
-    def __init__(self) -> None:
-        self.parts: list[Any] = []
-        self.texts: dict[str, int] = {}
+class Shaper:
+    """Values being shaped, in the order in which they are read, and what came already.
+
+    Attributes:
+        direct: the types of which every value is handed to the encoder as it is.
+        classes: the numbers of the classes that came.
+    """
+
+    __slots__ = ("_long_arrays", "_narrays", "_short_arrays", "classes", "direct")
+
+    def __init__(self, direct: frozenset[type]) -> None:
+        self.direct = direct
         self.classes: dict[type, int] = {}
-        self.arrays: dict[bytes, int] = {}
-        self.long_arrays: dict[Any, list[tuple[int, arrays.Array]]] = {}
-        self.narrays = 0
+        self._short_arrays: dict[tuple[int, bytes], int] = {}
+        self._long_arrays: dict[Any, list[tuple[int, arrays.Array]]] = {}
+        self._narrays = 0
 
-    def value(self, value: Any) -> None:
-        """Write any plain value."""
-        kind = type(value)
-        (_WRITERS.get(kind) or _writer_of(kind))(self, value)
+    def shaped(self, value: Any) -> Any:
+        """Return what is written of any plain value."""
+        return self.all_shaped((value,))[0]
 
-    def class_number(self, cls: type, definition: bytes) -> bytes:
-        """Return the number of a class as bytes; its definition is written once before."""
-        number = self.classes.get(cls)
-        if number is None:
-            number = self.classes[cls] = len(self.classes)
-            self.parts.append(definition)
-        return count(number)
+    def all_shaped(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Return what is written of plain values."""
+        direct = self.direct
+        if direct.issuperset(map(type, values)):
+            return values
+        return [
+            value
+            if (kind := type(value)) in direct
+            else (_SHAPES.get(kind) or _shape_of(kind))(self, value)
+            for value in values
+        ]
 
+    def array(self, value: arrays.Array) -> Any:
+        """Return what is written of an array; the encoder asks where one comes."""
+        dtype = value.dtype
+        code = arrays.code_of(dtype)
+        if value.ndim != 1:
+            if value.ndim == 0:
+                return _shape_scalar(self, value[()])
+            raise TypeError(f"a journal holds arrays of one dimension, not {value.ndim}")
+        if value.size > arrays.SHORT:
+            return self._long_array(value, code)
+        if not dtype.isnative:
+            value = value.astype(arrays.DTYPES[code])
+        data = value.tobytes()
+        number = self._short_arrays.setdefault((code, data), self._narrays)
+        if number != self._narrays:
+            return _ARRAY_AGAIN, number
+        self._narrays += 1
+        return msgpack.Ext(code, data)
 
-def _write_int(writer: Writer, value: int) -> None:
-    if 0 <= value < 128:
-        writer.parts.append(_INTEGERS[value])
-    elif -(1 << 31) <= value < 1 << 31:
-        writer.parts.append(_int4(_INT4, value))
-    elif -(1 << 63) <= value < 1 << 63:
-        writer.parts.append(_int8(_INT8, value))
-    else:
-        data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
-        writer.parts += (_BYTE[_BIG], count(len(data)), data)
-
-
-def _write_text(writer: Writer, value: str) -> None:
-    number = writer.texts.get(value)
-    if number is None:
-        writer.texts[value] = len(writer.texts)
-        data = value.encode("utf-8", "surrogatepass")
-        writer.parts += (_BYTE[_TEXT], count(len(data)), data)
-    elif number < 255:
-        writer.parts.append(_AGAIN[number])
-    else:
-        writer.parts += (_BYTE[_TEXT_AGAIN], count(number))
-
-
-def _write_bytes(writer: Writer, value: bytes) -> None:
-    writer.parts += (_BYTE[_BYTES], count(len(value)), bytes(value))
-
-
-def _items_writer(
-    tag: int, order: Callable[[Any], Iterable[Any]] = iter
-) -> Callable[[Writer, Any], None]:
-    head = _BYTE[tag]
-
-    def write(writer: Writer, value: Any) -> None:
-        writer.parts += (head, count(len(value)))
-        for item in order(value):
-            writer.value(item)
-
-    return write
+    def _long_array(self, value: arrays.Array, code: int) -> Any:
+        middle = value.size // 2
+        # where two arrays differ here there is no need to compare the rest
+        likeness = (code, value.size, value[0].item(), value[middle].item(), value[-1].item())
+        alike = self._long_arrays.setdefault(likeness, [])
+        for number, other in alike:
+            if value is other or np.array_equal(value, other):
+                return _ARRAY_AGAIN, number
+        if value.dtype.kind != "f":
+            # zeros of either sign are equal, and not-a-numbers are not
+            alike.append((self._narrays, value))
+        self._narrays += 1
+        return _ARRAY, code, value.size, *arrays.body(value, code)
 
 
-def _write_dict(writer: Writer, value: dict[Any, Any]) -> None:
-    writer.parts += (_BYTE[_DICT], count(len(value)))
-    for key, item in value.items():
-        writer.value(key)
-        writer.value(item)
+def _shape_int(_: Shaper, value: int) -> Any:
+    if _INT_MIN <= value <= _INT_MAX:
+        return value
+    return _BIG, value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
 
 
-def _write_scalar(writer: Writer, value: Any) -> None:
-    code = arrays.code_of(value.dtype)
-    writer.parts += (_BYTE[_SCALAR], _BYTE[code], value.tobytes())
+def _shape_text(_: Shaper, value: str) -> Any:
+    return value if value.isascii() else (_TEXT, value.encode("utf-8", "surrogatepass"))
 
 
-def _write_array(writer: Writer, value: arrays.Array) -> None:
-    code = arrays.code_of(value.dtype)
-    if value.ndim != 1:
-        if value.ndim == 0:
-            return _write_scalar(writer, value[()])
-        raise TypeError(f"a journal holds arrays of one dimension, not {value.ndim}")
-    if value.size > arrays.SHORT:
-        return _write_long_array(writer, value, code)
-    if not value.dtype.isnative:
-        value = value.astype(arrays.DTYPES[code])
-    data = _SHORT_HEADS[code][value.size] + value.tobytes()
-    number = writer.arrays.get(data)
-    if number is None:
-        writer.arrays[data] = writer.narrays
-        writer.narrays += 1
-        writer.parts.append(data)
-    else:
-        writer.parts += (_BYTE[_ARRAY_AGAIN], count(number))
-    return None
+def _shape_dict(shaper: Shaper, value: dict[Any, Any]) -> Any:
+    if shaper.direct.issuperset(map(type, (*value, *value.values()))):
+        return value
+    return _DICT, *shaper.all_shaped([part for item in value.items() for part in item])
 
 
-def _write_long_array(writer: Writer, value: arrays.Array, code: int) -> None:
-    middle = value.size // 2
-    # where two arrays differ here there is no need to compare the rest
-    likeness = (code, value.size, value[0].item(), value[middle].item(), value[-1].item())
-    alike = writer.long_arrays.setdefault(likeness, [])
-    for number, other in alike:
-        if value is other or np.array_equal(value, other):
-            writer.parts += (_BYTE[_ARRAY_AGAIN], count(number))
-            return
-    if value.dtype.kind != "f":
-        # zeros of either sign are equal, and not-a-numbers are not
-        alike.append((writer.narrays, value))
-    writer.narrays += 1
-    writer.parts += (_BYTE[_ARRAY], _BYTE[code], count(value.size))
-    writer.parts += arrays.body(value, code)
+def _shape_frozenset(shaper: Shaper, value: frozenset[Any]) -> Any:
+    return _FROZENSET, *shaper.all_shaped(sorted(value, key=encode_value))
 
 
-def _definition(cls: type, names: tuple[str, ...]) -> bytes:
+def _shape_scalar(_: Shaper, value: Any) -> Any:
+    return _SCALAR, arrays.code_of(value.dtype), value.tobytes()
+
+
+def _definition(cls: type, names: tuple[str, ...]) -> str:
     """Return what a class is known by: its module, its name in there, and its fields."""
-    data = "\0".join((cls.__module__, cls.__qualname__, *names)).encode()
-    return _BYTE[_CLASS] + count(len(data)) + data
+    return "\0".join((cls.__module__, cls.__qualname__, *names))
 
 
-def _dataclass_writer(cls: type) -> Callable[[Writer, Any], None]:
-    """Return what writes instances of a frozen dataclass: its number, then its fields."""
+def _number_of(shaper: Shaper, cls: type, definition: str) -> int | str:
+    """Return the number of a class; where it comes first, its definition."""
+    number = shaper.classes.get(cls)
+    if number is None:
+        shaper.classes[cls] = len(shaper.classes)
+        return definition
+    return number
+
+
+def _dataclass_shape(cls: type) -> Callable[[Shaper, Any], Any]:
+    """Return what shapes instances of a frozen dataclass: its class, then its fields."""
     if not cls.__dataclass_params__.frozen or "<locals>" in cls.__qualname__:  # type: ignore[attr-defined]
         raise TypeError(f"{cls.__qualname__} is no frozen dataclass of a module")
     names = tuple(field.name for field in fields(cls) if field.init)
-    get: Callable[[Any], Any] = attrgetter(*names) if names else lambda _: ()
-    several = len(names) != 1
+    get: Callable[[Any], tuple[Any, ...]] = (
+        attrgetter(*names)
+        # of one name, and of none, attrgetter makes no tuple
+        if len(names) > 1
+        else lambda value: tuple(getattr(value, name) for name in names)
+    )
     definition = _definition(cls, names)
 
-    def write(writer: Writer, value: Any) -> None:
-        number = writer.class_number(cls, definition)
-        writer.parts += (_BYTE[_OBJECT], number)
-        for item in get(value) if several else (get(value),):
-            writer.value(item)
+    def shape(shaper: Shaper, value: Any) -> Any:
+        number = _number_of(shaper, cls, definition)
+        return _OBJECT, number, *shaper.all_shaped(get(value))
 
-    return write
+    return shape
 
 
-def _enum_writer(cls: type[Enum]) -> Callable[[Writer, Any], None]:
+def _enum_shape(cls: type[Enum]) -> Callable[[Shaper, Any], Any]:
     if "<locals>" in cls.__qualname__:
         raise TypeError(f"{cls.__qualname__} is no Enum of a module")
     members = cls.__members__
     definition = _definition(cls, ())
 
-    def write(writer: Writer, value: Enum) -> None:
+    def shape(shaper: Shaper, value: Enum) -> Any:
         if members.get(value.name) is not value:
             raise TypeError(f"{value!r} is no single member")
-        number = writer.class_number(cls, definition)
-        writer.parts += (_BYTE[_MEMBER], number)
-        _write_text(writer, value.name)
+        return _MEMBER, _number_of(shaper, cls, definition), shaper.shaped(value.name)
 
-    return write
+    return shape
 
 
-_WRITERS: dict[type, Callable[[Writer, Any], None]] = {
-    type(None): lambda writer, _: writer.parts.append(_BYTE[_NONE]),
-    bool: lambda writer, value: writer.parts.append(_BYTE[_TRUE if value else _FALSE]),
-    int: _write_int,
-    float: lambda writer, value: writer.parts.append(_float(_FLOAT, value)),
-    str: _write_text,
-    bytes: _write_bytes,
-    tuple: _items_writer(_TUPLE),
-    list: _items_writer(_LIST),
-    dict: _write_dict,
-    frozenset: _items_writer(_FROZENSET, lambda items: sorted(items, key=encode_value)),
-    np.ndarray: _write_array,
+_SHAPES: dict[type, Callable[[Shaper, Any], Any]] = {
+    int: _shape_int,
+    str: _shape_text,
+    tuple: lambda shaper, value: (_TUPLE, *shaper.all_shaped(value)),
+    list: lambda shaper, value: (_LIST, *shaper.all_shaped(value)),
+    dict: _shape_dict,
+    frozenset: _shape_frozenset,
 }
 
 
-def _writer_of(cls: type) -> Callable[[Writer, Any], None]:
+def _shape_of(cls: type) -> Callable[[Shaper, Any], Any]:
     if issubclass(cls, Enum):
-        writer = _enum_writer(cls)
+        shape = _enum_shape(cls)
     elif is_dataclass(cls):
-        writer = _dataclass_writer(cls)
+        shape = _dataclass_shape(cls)
     elif issubclass(cls, np.generic):
-        writer = _write_scalar
+        shape = _shape_scalar
     else:
         raise TypeError(f"a journal holds plain values, not {cls.__module__}.{cls.__qualname__}")
-    _WRITERS[cls] = writer
-    return writer
+    _SHAPES[cls] = shape
+    return shape
 
 
 # --- reading -------------------------------------------------------------------------------------
-class Reader:
-    """Values being read, and what has been read of them already."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
-        self.at = 0
-        self.texts: list[str] = []
-        self.classes: list[tuple[type, tuple[str | None, ...]]] = []
-        self.arrays: list[arrays.Array] = []
-
-    def value(self) -> Any:
-        """Read any value."""
-        tag = self.data[self.at]
-        self.at += 1
-        return tag - _SMALL if tag >= _SMALL else _READERS[tag](self)
-
-    def count(self) -> int:
-        """Read a count."""
-        n = self.data[self.at]
-        self.at += 1
-        return n if n < 255 else int(self.number("<Q", 8))
-
-    def number(self, form: str, size: int) -> Any:
-        """Read a number of a fixed size."""
-        self.at += size
-        return struct.unpack_from(form, self.data, self.at - size)[0]
-
-    def take(self, n: int) -> memoryview:
-        """Read ``n`` bytes."""
-        if self.at + n > len(self.data):
-            raise ValueError(f"{n} bytes go past the entry")
-        self.at += n
-        return self.data[self.at - n : self.at]
-
-    def values(self) -> list[Any]:
-        """Read a count and as many values."""
-        return [self.value() for _ in range(self.count())]
-
-
 # what a reader stumbles over where the bytes are no writer's; a plugin's class may raise more
 _UNREADABLE = (
-    ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, struct.error,
+    ArithmeticError, AttributeError, LookupError, MemoryError, MsgspecError, RecursionError,
+    TypeError, ValueError,
 )  # fmt: skip
 
 
-def reading(data: memoryview, length: int, read: Callable[[Reader], Any]) -> Any:
-    """Return what ``read`` finds in ``data``, which must be ``length`` bytes, no more and no less.
+def reading(data: memoryview | bytes, read: Callable[[Reader, Any], Any]) -> Any:
+    """Return what ``read`` makes of what ``encode`` wrote: all of ``data``.
 
     Raises:
         JournalUnreadable: what it says is not what a writer says, or of a class that is gone.
     """
-    reader = Reader(data)
     try:
-        value = read(reader)
+        return read(Reader(), msgpack.decode(data))
     except _UNREADABLE as error:
         raise JournalUnreadable(f"an entry cannot be read: {error}") from error
-    if reader.at != length:
-        raise JournalUnreadable(f"an entry of {length} bytes says {reader.at} bytes' worth")
-    return value
 
 
-def _read_text(reader: Reader) -> str:
-    text = str(reader.take(reader.count()), "utf-8", "surrogatepass")
-    reader.texts.append(text)
-    return text
+class Reader:
+    """Values being read, in the order in which they were shaped, and what came already."""
 
+    __slots__ = ("arrays", "classes")
 
-def _read_class(reader: Reader) -> Any:
-    """Read the definition of a class, and then the value that needed it."""
-    definition = str(reader.take(reader.count()), "utf-8")
-    module, name, *names = definition.split("\0")
-    cls = _class_named(module, name)
-    known = {field.name for field in fields(cls) if field.init} if is_dataclass(cls) else set()
-    reader.classes.append((cls, tuple(name if name in known else None for name in names)))
-    return reader.value()
+    def __init__(self) -> None:
+        self.classes: list[tuple[type, tuple[str | None, ...]]] = []
+        self.arrays: list[arrays.Array] = []
+
+    def value(self, shaped: Any) -> Any:
+        """Return the value that was shaped like this."""
+        return self.all([shaped])[0]
+
+    def all(self, shaped: list[Any]) -> list[Any]:
+        """Return the values that were shaped like these."""
+        if _SCALARS.issuperset(map(type, shaped)):
+            return shaped
+        # as many frames for each that lies in another as the shaper has: what was written is read
+        return [
+            one
+            if (kind := type(one)) in _SCALARS
+            else _VALUES[one[0]](self, *one[1:])
+            if kind is list
+            else self._other(one)
+            for one in shaped
+        ]
+
+    def _other(self, shaped: Any) -> Any:
+        if isinstance(shaped, msgpack.Ext):
+            return self.came(arrays.read_raw(shaped.code, bytes(shaped.data)))
+        if not isinstance(shaped, dict):
+            raise ValueError(f"{type(shaped).__name__} is none of the forms of a value")
+        return dict(zip(shaped, self.all(list(shaped.values())), strict=True))
+
+    def class_of(self, known: Any) -> tuple[type, tuple[str | None, ...]]:
+        """Return a class by its number, or by its definition where it comes first."""
+        if type(known) is int:
+            return self.classes[known]
+        module, name, *names = known.split("\0")
+        found = _readable(_class_named(module, name), tuple(names))
+        self.classes.append(found)
+        return found
+
+    def came(self, array: arrays.Array) -> arrays.Array:
+        """Return an array that is read for the first time."""
+        self.arrays.append(array)
+        return array
 
 
 def _class_named(module: str, name: str) -> type:
@@ -355,51 +327,40 @@ def _class_named(module: str, name: str) -> type:
     return found
 
 
-def _read_object(reader: Reader) -> Any:
-    cls, names = reader.classes[reader.count()]
-    given = [(name, reader.value()) for name in names]
+@lru_cache(maxsize=256)
+def _readable(cls: type, names: tuple[str, ...]) -> tuple[type, tuple[str | None, ...]]:
+    """Return a class with those of the fields' names that it still has, the others None."""
+    known = {field.name for field in fields(cls) if field.init} if is_dataclass(cls) else set()
+    return cls, tuple(name if name in known else None for name in names)
+
+
+def _read_object(reader: Reader, known: Any, *shaped: Any) -> Any:
+    cls, names = reader.class_of(known)
+    given = zip(names, reader.all(list(shaped)), strict=True)
     return cls(**{name: value for name, value in given if name is not None})
 
 
-def _read_member(reader: Reader) -> Any:
-    cls, _ = reader.classes[reader.count()]
-    members: Any = cls
-    return members[reader.value()]
+def _read_member(reader: Reader, known: Any, name: Any) -> Any:
+    members: Any = reader.class_of(known)[0]
+    return members[reader.value(name)]
 
 
-def _read_scalar(reader: Reader) -> Any:
-    code = reader.take(1)[0]
-    found, reader.at = arrays.read_raw(reader.data, reader.at, code, 1)
-    return found[0]
+def _read_dict(reader: Reader, *shaped: Any) -> Any:
+    parts = reader.all(list(shaped))
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def _read_array(reader: Reader, read: Callable[..., Any], code: int, n: int) -> arrays.Array:
-    found: arrays.Array
-    found, reader.at = read(reader.data, reader.at, code, n)
-    reader.arrays.append(found)
-    return found
-
-
-_READERS: dict[int, Callable[[Reader], Any]] = {
-    _NONE: lambda _: None,
-    _FALSE: lambda _: False,
-    _TRUE: lambda _: True,
-    _INT4: lambda reader: reader.number("<i", 4),
-    _INT8: lambda reader: reader.number("<q", 8),
-    _BIG: lambda reader: int.from_bytes(reader.take(reader.count()), "little", signed=True),
-    _FLOAT: lambda reader: reader.number("<d", 8),
-    _TEXT: _read_text,
-    _TEXT_AGAIN: lambda reader: reader.texts[reader.count()],
-    _BYTES: lambda reader: bytes(reader.take(reader.count())),
-    _TUPLE: lambda reader: tuple(reader.values()),
-    _LIST: Reader.values,
-    _DICT: lambda reader: {reader.value(): reader.value() for _ in range(reader.count())},
-    _FROZENSET: lambda reader: frozenset(reader.values()),
-    _CLASS: _read_class,
-    _OBJECT: _read_object,
-    _MEMBER: _read_member,
-    _SCALAR: _read_scalar,
-    _SHORT: lambda reader: _read_array(reader, arrays.read_raw, *reader.take(2)),
-    _ARRAY: lambda reader: _read_array(reader, arrays.read_body, reader.take(1)[0], reader.count()),
-    _ARRAY_AGAIN: lambda reader: reader.arrays[reader.count()],
-}
+# by tag
+_VALUES: tuple[Callable[..., Any], ...] = (
+    lambda _, data: int.from_bytes(data, "little", signed=True),
+    lambda _, data: str(data, "utf-8", "surrogatepass"),
+    lambda reader, *shaped: tuple(reader.all(list(shaped))),
+    lambda reader, *shaped: reader.all(list(shaped)),
+    _read_dict,
+    lambda reader, *shaped: frozenset(reader.all(list(shaped))),
+    _read_object,
+    _read_member,
+    lambda _, code, data: arrays.read_raw(code, data)[0],
+    lambda reader, code, n, *body: reader.came(arrays.read_body(code, n, *body)),
+    lambda reader, number: reader.arrays[number],
+)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.trace.explain import said
 from rmemd.trace.format import Asked, Trace, outcome_of
 from rmemd.trace.operations import text_of

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from rmemd.engine import queries
+from rmemd.engine import onepage
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.physical import resolve
@@ -183,7 +183,7 @@ def _resolved(core: Core, played: Played, kind: str, number: int) -> int:
 
 
 def _page(core: Core, pfn: int) -> Iterator[str]:
-    page = queries.page(core, pfn)
+    page = onepage.page(core, pfn)
     said = [page.use.name.lower()]
     if page.vm:
         said.insert(0, f"vm/{page.vm} gfn {page.gfn:#x}")

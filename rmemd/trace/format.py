@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import IO, Any
+
+from rmemd.deferred import dataclass
 
 NAME = "rmem-trace"
 VERSION = 1

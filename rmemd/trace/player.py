@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from rmemd.deferred import dataclass
 from rmemd.engine import queries
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step

@@ -11,10 +11,11 @@ import secrets
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial, wraps
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.engine.cancel import Cancelled, never
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps

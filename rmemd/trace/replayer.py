@@ -8,9 +8,9 @@ only what came of the operations is, because the rest must differ: that is the q
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.trace.explain import explain
 from rmemd.trace.format import STATE, Asked, Outcome, Trace, outcome_of
 from rmemd.trace.player import Changes, Played, Player

@@ -9,10 +9,10 @@ made before it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from rmemd.deferred import dataclass
 from rmemd.engine import invariants
 from rmemd.engine.stepwise import DeadlockError
 from rmemd.trace.format import Outcome, Trace, TraceError

@@ -12,7 +12,7 @@ from rmemd.hooks.tx import ByteOp, Tx
 from rmemd.model.host import Stored
 from rmemd.store.controller import Contents, MemoryController
 from rmemd.trace.values import stand_in_rows
-from rmemd.units import I64, U8, Bools
+from rmemd.units import I64, U8, Bools, distinct
 
 CHUNK_PAGES = 2048
 
@@ -39,7 +39,7 @@ class StandInController(MemoryController):
         """Have frames that hold bytes hold stand-ins, under their keys and with codes that fit."""
         host = self._host
         pfns = pfns[host.stored.get(pfns) == Stored.BYTES]
-        for key_id in np.unique(host.key.get(pfns)).tolist():
+        for key_id in distinct(host.key.get(pfns)).tolist():
             mine = pfns[host.key.get(pfns) == key_id]
             for at in range(0, mine.size, CHUNK_PAGES):
                 part = mine[at : at + CHUNK_PAGES]

@@ -88,6 +88,8 @@ def argument(name: str, value: Any, digests: Digests) -> Any:
         return digests.payload(bytes(value))
     if isinstance(value, Instruction):
         return {key: one for key, one in _fields(value, digests).items() if one}
+    if name == "ranges":
+        return [[int(word) for word in one] for one in value]
     if isinstance(value, list | tuple) and name != "pfns":
         return [argument("", one, digests) for one in value]
     return plain(value, digests)

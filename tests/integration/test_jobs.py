@@ -62,7 +62,7 @@ class Door:
 
     caller_now = Caller("", "admin")
 
-    def caller(self, context: Any) -> Caller:
+    def caller(self, context: Any, sent: Any) -> Caller:
         return self.caller_now
 
 

@@ -94,3 +94,22 @@ def test_another_seed_gives_other_ciphertext_at_the_same_frames(
         found.append((guest.pfns(0, 4), engine.core.controller.raw(guest.pfns(0, 4))))
     assert np.array_equal(found[0][0], found[1][0])
     assert not (found[0][1] == found[1][1]).all(axis=1).any()
+
+
+def test_what_was_told_is_a_text_that_nothing_changes(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(nframes=4096)
+    pages = np.arange(3)
+    before = engine.revision
+    with engine.core.tx("telling") as tx:
+        tx.emit("told", vm=7, flag=True, pages=pages, none=None)
+    pages[:] = 9
+    [event] = engine.core.journal.events_after(before)
+    assert (event.revision, event.operation, event.kind, event.vm) == (
+        before + 1, "telling", "told", 7,
+    )  # fmt: skip
+    assert event.fields == {"flag": "True", "pages": "[0 1 2]", "none": "None"}
+    [carried] = [
+        record for record in engine.core.journal.newest_events() if record.label == "telling"
+    ]
+    engine.core.journal.restore(carried)
+    assert engine.core.journal.events_after(before)[-1] == event

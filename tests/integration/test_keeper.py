@@ -173,6 +173,22 @@ def test_a_keeper_that_pauses_before_a_restart_can_be_ended(toys: MakeToy) -> No
     assert toy.process.wait(PATIENCE_SECONDS) == 0
 
 
+def test_a_daemon_that_dies_before_the_keeper_is_small_is_kept_on(toys: MakeToy) -> None:
+    toy = toys()
+    life = toy.life()
+    toy.process.send_signal(signal.SIGSTOP)
+    life.do("notify", "READY=1")
+    life.do("die", signal.SIGKILL)
+    toy.process.send_signal(signal.SIGCONT)
+    life = toy.life()
+    life.do("notify", "READY=1")
+    command = Path(f"/proc/{toy.process.pid}/cmdline")
+    assert eventually(lambda: "keeper/__main__.py" in command.read_text())
+    # the small keeper is charged with the successor, and sees its end too
+    life.do("die", signal.SIGKILL)
+    assert toy.life().said["keeper"] == toy.process.pid
+
+
 def test_pauses_grow_and_are_bounded() -> None:
     assert [delay(deaths, 5.0) for deaths in range(9)] == [0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
     assert delay(10**6, 5.0) == 5.0

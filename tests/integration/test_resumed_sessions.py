@@ -33,6 +33,8 @@ from rmemd.units import PAGE_SIZE
 PATIENCE_SECONDS = 20.0
 LIFE = "5eaf00d5"
 LISTENER = "listener"
+SET = threading.Event()
+SET.set()
 
 
 class World:
@@ -121,7 +123,10 @@ class Dies:
             if self._died.is_set():
                 answer(one, request)
                 return
-            one._operations.serve(request)
+            reply = one._operations.serve(request)
+            if reply.fd >= 0:
+                os.close(reply.fd)
+                one._operations.not_sent(reply)
             self._died.set()
             raise talk.Gone(talk.STOP)
 
@@ -296,6 +301,44 @@ def test_one_without_an_answer_in_a_batch_of_many_threads(world: World, dies: Di
 
         assert dies.during(pins) == [1, 2, 3, 4]
         assert len(world.engine.core.sessions.pins()) == 4
+
+
+@pytest.mark.parametrize("recycled", [False, True])
+def test_a_file_whose_making_was_not_answered_is_made_once(
+    world: World, dies: Dies, monkeypatch: pytest.MonkeyPatch, recycled: bool
+) -> None:
+    with world.open() as session:
+        vm = world.engine.core.files.get(world.file()).info.vm
+        if recycled:
+            with monkeypatch.context() as alive:
+                alive.setattr(dies, "_died", SET)
+                with session.create(vm, PAGE_SIZE) as before:
+                    before.view[:5] = b"stale"
+        made = dies.during(lambda: session.create(vm, PAGE_SIZE))
+        assert [file.info.file for file in world.engine.core.files.all()][1:] == [made.file]
+        assert bytes(made.view) == bytes(PAGE_SIZE)
+        made.view[:3] = b"new"
+        assert session.read_shared(made.file, 0, 3) == b"new"
+        assert world.server.fds_passed(session.tenant) == 1 + recycled
+        names = {name for name in world.kept.fds if name.startswith("file.")}
+        assert names == world.engine.core.shared.names()
+        world.crash()
+        assert session.read_shared(made.file, 0, 3) == b"new"
+
+
+def test_spare_memory_ends_with_the_daemon(world: World) -> None:
+    with world.open() as session:
+        vm = world.engine.core.files.get(world.file()).info.vm
+        with session.create(vm, PAGE_SIZE) as before:
+            before.view[:5] = b"stale"
+        assert session.read_shared(1, 0, 1) == b"\0"
+        assert world.engine.core.shared.spares() == [(session.number, session.tenant, 1)]
+        world.crash()
+        with session.create(vm, PAGE_SIZE) as made:
+            assert made.memory is not before.memory
+            assert bytes(made.view) == bytes(PAGE_SIZE)
+        # who was given a descriptor before this daemon is not known to it
+        assert world.engine.core.shared.names() <= set(world.kept.fds)
 
 
 # --- what is told --------------------------------------------------------------------------------

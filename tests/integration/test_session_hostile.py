@@ -76,7 +76,7 @@ BROKEN = {
     "another magic": FRAME.pack(0, VERSION, Kind.REQUEST, 0, 0, 0, 0),
     "another version": FRAME.pack(MAGIC, 9, Kind.REQUEST, 0, 0, 0, 0),
     "another kind": FRAME.pack(MAGIC, VERSION, Kind.REPLY, 0, 0, 0, 0),
-    "unknown flags": FRAME.pack(MAGIC, VERSION, Kind.REQUEST, 0, 2, 0, 0),
+    "unknown flags": FRAME.pack(MAGIC, VERSION, Kind.REQUEST, 0, 4, 0, 0),
     "fewer records": FRAME.pack(MAGIC, VERSION, Kind.REQUEST, 2, 0, 0, 0) + bytes(RECORD.size),
     "more than it says": FRAME.pack(MAGIC, VERSION, Kind.REQUEST, 0, 0, 0, 0) + b"x",
     "too many records": FRAME.pack(MAGIC, VERSION, Kind.REQUEST, 1025, 0, 0, 0),
@@ -195,7 +195,7 @@ def _anything(dice: random.Random) -> bytes:
 
     records = [
         Record(
-            dice.randrange(1, 19) if dice.random() < 0.9 else dice.getrandbits(16),
+            dice.randrange(1, len(Op) + 1) if dice.random() < 0.9 else dice.getrandbits(16),
             # nobody's objects: what is fuzzed here is the way to them
             dice.choice([0, 987654, number() | 1 << 32]), number() * dice.randrange(2),
             number() * dice.randrange(2), number() * (dice.random() < 0.2),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rmemd.engine import (
+    attributes,
     compact,
     convert,
     fault,
@@ -35,6 +36,7 @@ from rmemd.hooks.types import Why
 from rmemd.model.files import Files
 from rmemd.model.host import Use
 from rmemd.model.ledger import Ledger
+from rmemd.model.spans import Spans
 from rmemd.store.controller import MemoryController
 from rmemd.store.memfd import Memfd
 
@@ -70,9 +72,9 @@ def conversion_names_another_offset(patch: pytest.MonkeyPatch) -> None:
 
 
 def attribute_fill_is_a_page_too_long(patch: pytest.MonkeyPatch) -> None:
-    real = convert._set_range
+    real = Spans.write
     patch.setattr(
-        convert, "_set_range", lambda core, vm, at, n, private: real(core, vm, at, n + 1, private)
+        Spans, "write", lambda spans, *args: real(Spans(spans.starts, spans.counts + 1), *args)
     )
 
 
@@ -259,6 +261,7 @@ MUTANTS: dict[str, Plant] = {
     "punch_leaves_the_mirror": _without_unmap(memory, Why.PUNCH),
     "close_leaves_the_mirror": _without_unmap(memory, Why.CLOSE),
     "conversion_leaves_the_mirror": _without_unmap(convert, Why.CONVERT),
+    "attributes_leave_the_mirror": _without_unmap(attributes, Why.CONVERT),
     "slot_deletion_leaves_the_mirror": _without_unmap(lifecycle, Why.SLOT),
     "poison_leaves_the_mirror": _without_unmap(physical, Why.POISON),
 }

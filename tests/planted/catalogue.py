@@ -37,6 +37,7 @@ from planted.rows import (
 
 REFERENCES = "tests/integration/test_references.py"
 HOSTILE = "tests/integration/test_session_hostile.py"
+FILES = "tests/integration/test_session_files.py"
 REPLIES = "tests/unit/test_replies.py"
 TDX_RULES = "plugins/tdx/tests/test_rules.py"
 SNP_RULES = "plugins/snp/tests/test_firmware_rules.py"
@@ -121,8 +122,8 @@ _TABLE = (
     ),
     # --- no invalidate hook ------------------------------------------------------------------
     Mutant(
-        "conversion-without-invalidation", HOOK, "rmemd.engine.convert",
-        "views = [View(vm, start, npages, zapped=not private)] if slots else []", "views = []",
+        "conversion-without-invalidation", HOOK, "rmemd.engine.attributes",
+        "            if slots:\n", "            if not slots:\n",
         "pages_are_punched_and_converted", "I5",
     ),
     Mutant(
@@ -186,14 +187,14 @@ _TABLE = (
         "undo-forgets-records", LEAK, "rmemd.hooks.tx",
         "        for write in reversed(self._undo[mark.writes :]):\n",
         "        for write in reversed(self._undo[mark.writes :]):\n"
-        '            if write.op in ("set", "reorder"):\n                continue\n',
+        '            if write.op in ("set", "insert"):\n                continue\n',
         "a_refusal_changes_nothing",
     ),
     Mutant(
         "undo-forgets-sparse-fills", LEAK, "rmemd.hooks.tx",
         "        for write in reversed(self._undo[mark.writes :]):\n",
         "        for write in reversed(self._undo[mark.writes :]):\n"
-        '            if write.op == "restore":\n                continue\n',
+        '            if write.op in ("restore", "store"):\n                continue\n',
         "a_refusal_changes_nothing",
     ),
     Mutant(
@@ -309,8 +310,7 @@ _TABLE = (
     ),
     Mutant(
         "forgotten-holder-still-counts", COUNT, "rmemd.model.ledger",
-        "            tx.put(column, pfns, column.get(pfns) - "
-        "counts.get(pfns).astype(column.view.dtype))\n",
+        "        tx.put(column, pfns, column.get(pfns) - counts.get(pfns))\n",
         "",
         "pins_come_and_go", "I2",
     ),
@@ -437,9 +437,24 @@ _TABLE = (
     ),
     Mutant(
         "unexpected-descriptors-are-ignored", RIGHTS, "rmemd.session.talk",
-        "        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):",
-        "        if flags & socket.MSG_TRUNC:",
+        "        if flags & _CUT:", "        if flags & _CUT_BYTES:",
         f"{HOSTILE}::test_descriptors_that_nobody_asked_for",
+    ),
+    Mutant(
+        "spare-memory-of-another-session", RIGHTS, "rmemd.engine.sharedmemory",
+        "found.session != session or ", "",
+        f"{FILES}::test_memory_never_goes_from_session_to_session",
+    ),
+    Mutant(
+        "memory-that-two-were-given-is-set-aside", RIGHTS, "rmemd.engine.sharedmemory",
+        "session if alone else ANYBODY", "session",
+        f"{FILES}::test_what_two_were_given_is_not_set_aside",
+    ),
+    Mutant(
+        "memory-that-is-pinned-is-set-aside", RIGHTS, "rmemd.engine.memory",
+        "    return not present.size or not frames.referenced(core, pfns).any()\n",
+        "    return True\n",
+        f"{FILES}::test_what_somebody_holds_is_not_set_aside",
     ),
     Mutant(
         "unsealed-descriptor-leaves", RIGHTS, "rmemd.store.memfd",
@@ -455,7 +470,7 @@ _TABLE = (
     # --- a client's death --------------------------------------------------------------------
     Mutant(
         "death-takes-others-vms", DEATH, "rmemd.engine.sessions",
-        "    vms = [vm.info.vm for vm in core.vms.all() if vm.info.owner.session in numbers]",
+        "    vms = _of_sessions(core.vms.of_session, numbers)",
         "    vms = [vm.info.vm for vm in core.vms.all()]",
         "an_end_touches_nobody_else",
     ),
@@ -478,8 +493,7 @@ _TABLE = (
     ),
     Mutant(
         "death-leaves-files", DEATH, "rmemd.engine.sessions",
-        "    for file in [file.info for file in core.files.all() "
-        "if file.info.owner.session in numbers]:",
+        "    for file in _of_sessions(core.files.of_session, numbers):",
         "    for file in []:",
         "an_end_leaves_nothing", "I14",
     ),
@@ -490,7 +504,7 @@ _TABLE = (
     ),
     Mutant(
         "death-leaves-children", DEATH, "rmemd.model.sessions",
-        "            found += [child for child in self.all() if child.parent == info.session]\n",
+        "            found += [self._info[child] for child in self._info.grouped(info.session)]\n",
         "            pass\n",
         "an_end_leaves_nothing", "I14",
     ),
@@ -692,9 +706,10 @@ _TABLE = (
     ),
     # --- plaintext ---------------------------------------------------------------------------
     Mutant(
-        "tweak-is-ignored", SECRET, "rmemd.store.xts",
-        "    units[:, 0] = pfns\n", "",
+        "tweak-is-ignored", SECRET, "rmemd.store.keys",
+        "self._cipher.encrypt(pfns, rows)", "self._cipher.encrypt(0 * pfns, rows)",
         "the_bus_sees_no_plaintext",
+        also=(("self._cipher.decrypt(pfns, rows)", "self._cipher.decrypt(0 * pfns, rows)"),),
     ),
     Mutant(
         "key-number-is-ignored", SECRET, "rmemd.store.keys",

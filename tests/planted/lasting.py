@@ -91,9 +91,9 @@ LASTING = (
         f"{AT_ANY_CALL}[sw-protected-convert-written]",
     ),
     Mutant(
-        "memfd-goes-before-its-record", CRASH, "rmemd.engine.core",
-        "        self.notes.drop(reopen.SHARED_MEMFDS, file, flush=True)\n",
-        "        self.notes.drop(reopen.SHARED_MEMFDS, file, flush=False)\n",
+        "memfd-goes-before-its-record", CRASH, "rmemd.engine.sharedmemory",
+        "            self._notes.drop(SHARED_MEMFDS, number, flush=True)\n            self._close",
+        "            self._notes.drop(SHARED_MEMFDS, number, flush=False)\n            self._close",
         CLOSED_ONCE,
     ),
     # --- exactly once ------------------------------------------------------------------------
@@ -205,8 +205,7 @@ LASTING = (
     # --- the log -----------------------------------------------------------------------------
     Mutant(
         "crc-is-not-chained", LOG, "rmemd.store.log",
-        "crc32(kind, crc32(_LENGTH.pack(length), self.crc))",
-        "crc32(kind, crc32(_LENGTH.pack(length)))",
+        "crc32(_BEGIN(length, kind), self.crc)", "crc32(_BEGIN(length, kind))",
         f"{LOGS}::test_a_frame_is_not_taken_behind_another_than_it_was_written_behind",
         also=(("crc32(_LENGTH.pack(length), scan.crc)", "crc32(_LENGTH.pack(length))"),),
     ),
@@ -230,7 +229,7 @@ LASTING = (
         "        return _next_frame(scan)\n"
         "    return (payload, crc) if found == crc else None\n",
         f"{LOGS}::test_a_frame_is_not_taken_behind_another_than_it_was_written_behind",
-        also=(("crc32(_LENGTH.pack(length), self.crc)", "crc32(_LENGTH.pack(length))"),
+        also=(("crc32(_BEGIN(length, kind), self.crc)", "crc32(_BEGIN(length, kind))"),
               ("crc32(_LENGTH.pack(length), scan.crc)", "crc32(_LENGTH.pack(length))")),
     ),
     Mutant(
@@ -280,7 +279,7 @@ LASTING = (
     ),
     Mutant(
         "inverse-write-is-recorded", LOG, "rmemd.store.codec",
-        "        if len(write.args) != arity:\n", "        if False:\n",
+        "        if len(given) != arity:\n", "        if False:\n",
         f"{CODEC}::test_inverse_writes_are_refused",
     ),
     # --- what a successor is handed ----------------------------------------------------------
@@ -300,13 +299,13 @@ LASTING = (
         f"{REOPEN}::test_a_descriptor_of_nothing_is_let_go",
     ),
     Mutant(
-        "closed-file-s-memfd-is-kept-on", SUCCESSOR, "rmemd.engine.core",
-        "            self.keeping.drop(file_name(file))\n", "",
+        "closed-file-s-memfd-is-kept-on", SUCCESSOR, "rmemd.engine.sharedmemory",
+        "        self._keeping.drop(file_name(held.kept_as))\n", "",
         "what_is_kept_is_what_is_there", "I20",
     ),
     Mutant(
-        "new-memfd-is-not-kept", SUCCESSOR, "rmemd.engine.core",
-        "            self.keeping.keep(name, self._shared[number].fd)\n", "",
+        "new-memfd-is-not-kept", SUCCESSOR, "rmemd.engine.sharedmemory",
+        "        self._keeping.keep(file_name(kept_as), memfd.fd)\n", "",
         "what_is_kept_is_what_is_there", "I20",
     ),
     Mutant(
@@ -428,7 +427,7 @@ LASTING = (
     ),
     Mutant(
         "record-without-room-for-it", SYSTEM, "rmemd.engine.journal",
-        "        self._log.reserve(sum(map(len, self._pending)) + len(entry))\n", "",
+        "        self._log.reserve(nbytes)\n", "",
         f"{REOPEN}::test_without_room_in_the_log_nothing_is_done",
     ),
 )  # fmt: skip

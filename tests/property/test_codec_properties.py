@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmemd.hooks.sparse import LEAF, NODE_PAGES_SHIFT
+from rmemd.hooks.leaves import LEAF, NODE_PAGES_SHIFT
 from rmemd.hooks.tables import CHUNK, CONTENT_CHUNKS, Space, TableSpec, Write, same_state
 from rmemd.store.arrays import DTYPES
 from rmemd.store.codec import Record, decode, decode_value, encode_record, encode_value

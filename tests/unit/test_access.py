@@ -12,6 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from helpers import Clock, MakeEngine
 
 import rmem.v1
+from rmem.v1 import host_pb2
 from rmemd.access.callers import SOCKET, TCP, UNIX, Access, Caller, Ticket, policy_of
 from rmemd.access.rules import RULES, admit
 from rmemd.engine.engine import Engine
@@ -112,6 +113,28 @@ def test_not_yours_is_refused_as_absent(engine: Engine, name: str, field: str) -
     request = SimpleNamespace(**{field: number})
     admit(engine.core, Caller(THEIRS, HOST), name, request)
     admit(engine.core, Caller(MINE, ADMIN), name, request)
+
+
+def test_a_page_is_named_by_an_object_of_ones_own_and_by_an_admin_in_any_way(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = Owner(THEIRS, engine.open_session(THEIRS, HOST, "socket").session)
+    vm = engine.create_vm("null", owner=theirs).info.vm
+    by_guest = host_pb2.PageAddress(guest=host_pb2.GuestPage(vm=vm, gfn=1))
+    by_pfn = host_pb2.PageAddress(pfn=1)
+    for address, reason in ((by_guest, "NO_SUCH_VM"), (by_pfn, "ROLE_DENIED")):
+        request = host_pb2.GetPageRequest(page=address)
+        with pytest.raises(RmemError, match=reason):
+            admit(engine.core, Caller(MINE, HOST), "HostService/GetPage", request)
+    admit(
+        engine.core, Caller(THEIRS, HOST), "HostService/GetPage",
+        host_pb2.GetPageRequest(page=by_guest),
+    )  # fmt: skip
+    # nothing is looked at, so nobody is waited for
+    monkeypatch.setattr(engine.core, "read", lambda query: pytest.fail("the lock is taken"))
+    for address in (by_guest, by_pfn):
+        request = host_pb2.GetPageRequest(page=address)
+        admit(engine.core, Caller(MINE, ADMIN), "HostService/GetPage", request)
 
 
 def test_a_guest_has_its_vm_and_a_device_its_files_and_pins(engine: Engine) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmemd.errors import Exhausted
-from rmemd.hooks.tables import Space
+from rmemd.hooks.tables import CHUNK_SHIFT, Space
 from rmemd.hooks.tx import Tx
 from rmemd.model import buddy
 from rmemd.model.host import Host, NodeRange, Use
@@ -107,3 +107,41 @@ def test_partly_used_blocks_are_filled_first() -> None:
     assert set((first // PMD_PAGES).tolist()) == {3}
     assert buddy.free_2m_blocks(host, host.nodes[0]) == BLOCKS - 1
     assert buddy.take(host, tx, 1, Use.PRIVATE, (0,)).tolist() == [0]
+
+
+# three chunks of the table of counts: most of such a host was never taken of
+MANY_BLOCKS = 3 << CHUNK_SHIFT
+
+
+def _plain_pick(host: Host, node: NodeRange, n: int) -> list[int]:
+    """Return the first free frames, partly used blocks first, by looking at every block."""
+    first, end = node.first // PMD_PAGES, node.end // PMD_PAGES
+    counts = host.free_in_block.view[first:end]
+    order = [*np.flatnonzero((counts > 0) & (counts < PMD_PAGES)), *np.flatnonzero(counts == 512)]
+    picked: list[int] = []
+    for block in order:
+        if len(picked) >= n:
+            break
+        start = (int(block) + first) * PMD_PAGES
+        free = np.flatnonzero(host.use.view[start : start + PMD_PAGES] == Use.FREE)
+        picked += (free + start).tolist()
+    return picked[:n]
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(st.integers(0, MANY_BLOCKS - 1), st.sampled_from([1, 511, 512]), max_size=6),
+    st.sampled_from([1, 700, 3000]), st.integers(1, 3),
+)  # fmt: skip
+def test_what_was_never_taken_is_not_looked_at_and_picked_all_the_same(
+    used: dict[int, int], n: int, nnodes: int
+) -> None:
+    host, tx = _host(nnodes, MANY_BLOCKS * PMD_PAGES)
+    for block, taken in used.items():
+        at = np.arange(taken, dtype=np.int64) + block * PMD_PAGES
+        buddy.take_exactly(host, tx, at, Use.PRIVATE)
+    for node in host.nodes:
+        free = int(host.free_in_block.view[node.first // 512 : node.end // 512].sum(dtype=np.int64))
+        assert buddy.free_pages(host, node) == free
+        expected = _plain_pick(host, node, n)
+        assert buddy.take(host, tx, n, Use.SHARED, (node.node,)).tolist() == expected

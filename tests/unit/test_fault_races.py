@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from errno import EFAULT, ENOENT
 
 import pytest
+from guests import Guest as Launched
+from guests import make_engine
 from helpers import BASE_GPA, Guest, halted, make_guest, refusal, touch, vm_of, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.programme import Instruction, Opcode
 from rmemd.engine.vcpu import Exit
-from rmemd.errors import BAD_REQUEST, NO_MEMSLOT
+from rmemd.errors import BAD_REQUEST, NO_MEMSLOT, Poisoned
 from rmemd.hooks.types import Agent
 from rmemd.model.vms import ATTRIBUTE_PRIVATE
 from rmemd.units import PAGE_SIZE
@@ -169,3 +173,25 @@ def test_memory_starts_as_configured(engine: Engine, private: bool) -> None:
 
 def test_a_vm_without_private_memory_cannot_start_private(engine: Engine) -> None:
     refusal(engine.create_vm, "gup", starts_private=True, reason=BAD_REQUEST, errno=22)
+
+
+@given(st.integers(1, 40), st.data())
+@settings(max_examples=30)
+def test_a_pre_fault_stops_at_the_first_page_that_is_refused(n: int, data: st.DataObject) -> None:
+    """It is found by halves, and what comes before it is mapped as if page by page."""
+    engine = make_engine(512)
+    guest = Launched(engine, "sw-protected", 40)
+    guest.allocate(0, 40)
+    bad = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=3))
+    for page in bad:
+        engine.poison(int(guest.frames(page)[0]))
+    first = min(bad)
+    if first:
+        done = engine.pre_fault(guest.vm, guest.gpa(0), n * PAGE_SIZE)
+        assert (done.done_pages, done.left_bytes) == (first, (n - first) * PAGE_SIZE)
+    else:
+        with pytest.raises(Poisoned):
+            engine.pre_fault(guest.vm, guest.gpa(0), n * PAGE_SIZE)
+    mapped = guest.pfns(0, 40) >= 0
+    assert mapped.tolist() == [page < first for page in range(40)]
+    engine.close()

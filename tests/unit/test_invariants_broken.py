@@ -24,7 +24,6 @@ from rmemd.model import buddy
 from rmemd.model.host import KEPT, POISON, Stored, Use
 from rmemd.model.sessions import GrantRange
 from rmemd.store.controller import Contents, MemoryController
-from rmemd.store.memfd import Memfd
 from rmemd.units import PAGE_SIZE, pages
 
 Break = Callable[[Engine, Guest, pytest.MonkeyPatch], None]
@@ -157,7 +156,7 @@ def something_changes_without_a_record(
 
 @breaks("I20")
 def a_memfd_outlives_its_file(engine: Engine, guest: Guest, patch: pytest.MonkeyPatch) -> None:
-    engine.core._shared[99] = Memfd("rmemd-file-99", 1)
+    engine.core.shared.of(99, 1)
 
 
 @breaks("I21")
@@ -169,7 +168,7 @@ def a_revision_is_left_out(engine: Engine, guest: Guest, patch: pytest.MonkeyPat
 @breaks("I23")
 def anybody_can_reopen_a_memfd(engine: Engine, guest: Guest, patch: pytest.MonkeyPatch) -> None:
     engine.write_shared(guest.file, 0, b"x")
-    os.fchmod(engine.core.shared_descriptors()[guest.file], 0o644)
+    os.fchmod(engine.core.shared.descriptors()[guest.file], 0o644)
 
 
 @breaks("I24", "tdx-today")

@@ -81,9 +81,8 @@ def test_the_clients_numbers_are_the_daemons() -> None:
         name: number for name, number in theirs.ROLES.items() if name
     }
     assert {int(k): k.name.lower() for k in wire.NoticeKind} == theirs.NOTICE_KINDS
-    assert (theirs.STOP, theirs.PRIVATE, theirs.READ_ONLY) == (
-        wire.FrameFlag.STOP, wire.Flag.PRIVATE, wire.Flag.READ_ONLY,
-    )  # fmt: skip
+    assert (theirs.STOP, theirs.ONE_WAY) == (wire.FrameFlag.STOP, wire.FrameFlag.ONE_WAY)
+    assert tuple(map(int, wire.Flag)) == (theirs.PRIVATE, theirs.READ_ONLY, theirs.KEEP)
     assert (theirs.PRIVATE, theirs.WRITE) == (wire.NoticeFlag.PRIVATE, wire.NoticeFlag.WRITE)
 
 
@@ -102,7 +101,7 @@ def test_what_a_client_asks_is_what_the_daemon_reads() -> None:
         calls.unpin(7).record,
         calls.put([1, 2]).record,
     ]
-    frame = wire.decode(memoryview(theirs.request(9, asked, stop=True)), wire.Kind.REQUEST)
+    frame = wire.decode(memoryview(theirs.request(9, asked, theirs.STOP)), wire.Kind.REQUEST)
     assert (frame.sequence, frame.count, frame.stops) == (9, 4, True)
     for tag, (record, call) in enumerate(
         zip(map(wire.Record._make, wire.RECORD.iter_unpack(frame.records)), asked, strict=True)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rmemd.hooks.sparse import LEAF, NODE_PAGES_SHIFT
-from rmemd.hooks.tables import Space, TableSpec, Write, same_state
+from rmemd.hooks.leaves import LEAF, NODE_PAGES_SHIFT
+from rmemd.hooks.sparse import FEW
+from rmemd.hooks.tables import CHUNK, Space, TableSpec, Write, same_state
 
 # the model covers two windows: around index 0, and around the border of two nodes
 NODE = 1 << NODE_PAGES_SHIFT
@@ -128,6 +129,48 @@ def test_a_fill_over_whole_nodes_costs_nothing_and_is_undone() -> None:
     assert same_state(before, space.snapshot()) == []
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5), values), min_size=1, max_size=30),
+    st.sampled_from((0, LEAF - 20, NODE - 20)), st.integers(0, 1),
+)  # fmt: skip
+def test_few_entries_are_kept_like_many(
+    script: list[tuple[int, int, int]], base: int, fill: int
+) -> None:
+    space, table = _made("sparse", fill)
+    other, many = _made("sparse", fill)
+    # a fill, even of nothing new, has a node be kept as arrays
+    for node in (0, 1):
+        other.apply(Write("t", "fill", (node * NODE, LEAF // 2, fill)))
+    undo = []
+    everywhere = np.arange(base, base + 50)
+    for start, n, value in script:
+        indices = np.arange(start, start + n)[::-1] + base
+        put = Write("t", "put", (indices, value if value % 2 else np.full(n, value, np.uint8)))
+        undo.append((space.snapshot(), space.apply(put)))
+        other.apply(put)
+        assert np.array_equal(table.get(everywhere), many.get(everywhere))
+        assert [table.at(i) for i in everywhere.tolist()] == many.get(everywhere).tolist()
+        assert np.array_equal(table.touched(base + 3, 30), many.touched(base + 3, 30))
+        assert all(map(np.array_equal, table.runs(base + 3, 30), many.runs(base + 3, 30)))
+        assert table.snapshot() == many.snapshot()
+        again = Space()
+        for write in table.content():
+            again.apply(write)
+        assert same_state(again.snapshot(), space.snapshot()) == []
+    for before, inverse in reversed(undo):
+        space.apply(inverse)
+        assert same_state(before, space.snapshot()) == []
+
+
+def test_a_table_of_a_few_entries_takes_no_arrays() -> None:
+    space, table = _made("sparse", 0)
+    for at in range(FEW):
+        space.apply(Write("t", "put", (np.array([at]), 1)))
+    assert table._nodes == {0: dict.fromkeys(range(FEW), 1)}
+    space.apply(Write("t", "put", (np.array([FEW]), 1)))
+    assert not isinstance(table._nodes[0], dict)
+
+
 @given(st.lists(writes(), min_size=1, max_size=8))
 def test_dense_is_an_array_with_inverses(script: list[Any]) -> None:
     space, table = _made("dense", 1)
@@ -148,6 +191,14 @@ def test_records_keep_values_and_order_through_undo(script: list[tuple[bool, int
     space = Space()
     space.apply(Write("", "create", (TableSpec("r", "records"),)))
     table: Any = space.tables["r"]
+    # what it says stays the same while a key is there, whatever its value is
+    table.group_by(lambda key, value: key % 2)
+
+    def check(expected: list[tuple[int, int]]) -> None:
+        assert table.items() == expected
+        for odd in (0, 1):
+            assert table.grouped(odd) == [key for key, _ in expected if key % 2 == odd]
+
     model: dict[int, int] = {}
     history = []
     for is_set, key, value in script:
@@ -158,7 +209,47 @@ def test_records_keep_values_and_order_through_undo(script: list[tuple[bool, int
             model[key] = value
         else:
             model.pop(key, None)
-        assert table.items() == list(model.items())
+        check(list(model.items()))
     for before, inverse in reversed(history):
         space.apply(inverse)
-        assert table.items() == before
+        check(before)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3 * CHUNK - 1), st.integers(0, 2)), max_size=12))
+def test_a_dense_table_is_searched_where_it_was_written(script: list[tuple[int, int]]) -> None:
+    length = 3 * CHUNK
+    space = Space()
+    space.apply(Write("", "create", (TableSpec("d", "dense", "u1", 0, length),)))
+    table: Any = space.tables["d"]
+    for at, value in script:
+        space.apply(Write("d", "put", (np.array([at], dtype=np.int64), value)))
+    for value in (1, 2):
+        assert table.where(value).tolist() == np.flatnonzero(table.view == value).tolist()
+    for start, end in ((0, length), (100, CHUNK + 1), (CHUNK, 2 * CHUNK), (2 * CHUNK, length)):
+        reach = table.reach(start, end)
+        assert start <= reach <= end
+        assert not table.view[reach:end].any()
+        chunks = range(start // CHUNK, (end - 1) // CHUNK + 1)
+        assert reach == start or any(at // CHUNK in chunks for at, _ in script)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a/1/x", "a/1/y", "a/12/x", "b"]), st.booleans())))
+def test_an_owners_tables_are_found_through_undo(script: list[tuple[str, bool]]) -> None:
+    space = Space()
+
+    def check() -> None:
+        for owner in ("a/1", "a/12", "b"):
+            found = [n for n in space.tables if n == owner or n.startswith(owner + "/")]
+            assert sorted(space.below(owner)) == sorted(found)
+
+    undo = []
+    for name, wanted in script:
+        if wanted != (name in space.tables):
+            made = TableSpec(name, "records")
+            undo.append(
+                space.apply(Write("", *(("create", (made,)) if wanted else ("destroy", (name,)))))
+            )
+        check()
+    for inverse in reversed(undo):
+        space.apply(inverse)
+        check()

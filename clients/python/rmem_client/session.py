@@ -18,12 +18,14 @@ from .pauses import DEFAULT_RECONNECT_S
 from .sessioncalls import Call, Converted
 from .sessionsocket import SessionSocket
 from .sessionwire import Notice, Record, Result
-from .shared import SharedMemory
+from .shared import MappedFile, SharedMemory, Spares
 
 if TYPE_CHECKING:
     from .client import Client
 
 T = TypeVar("T")
+# GUEST_MEMFD_FLAG_MMAP and GUEST_MEMFD_FLAG_INIT_SHARED
+MAPPABLE = 3
 DEADLINE_S = 30.0
 
 
@@ -44,6 +46,7 @@ class Session:
 
     def __init__(self, sock: SessionSocket, role: str, ticket: bytes) -> None:
         self._sock = sock
+        self._spares = Spares()
         told = sock.open(role, ticket)
         self.number = told.session
         self.token = told.token
@@ -94,6 +97,7 @@ class Session:
     def close(self) -> None:
         """End the session; the daemon lets go of everything that it holds."""
         self._sock.close()
+        self._spares.close()
 
     def client(self, **options: Any) -> Client:
         """Return a new ``Client`` of the same daemon whose calls are this session's.
@@ -142,6 +146,65 @@ class Session:
             for pending, result in zip(collected.pending, found, strict=True):
                 self._note(result)
                 pending.arrived(result)
+
+    # --- files -------------------------------------------------------------------------------
+    def create(
+        self,
+        vm: int,
+        size_bytes: int,
+        *,
+        flags: int = MAPPABLE,
+        keep: bool = True,
+        zeroed: bool = True,
+    ) -> MappedFile:
+        """Make a file and map its shared half, in one round trip.
+
+        ``with s.create(vm, size) as made: made.view[:] = ...``; the end of the block lets it go,
+        without a round trip. Memory of a file of this size that was let go serves again.
+
+        Args:
+            vm: the VM that the file is for.
+            size_bytes: size in bytes, page-aligned.
+            flags: as ``client.files.create`` has them; the shared half must be mappable.
+            keep: whether its memory is to serve again. If not, it goes back to the host.
+            zeroed: whether memory that serves again is emptied first, in place. If not, it holds
+                what this session left in it, which is for who will write all of it.
+
+        Raises:
+            NotFound: NO_SUCH_VM.
+            Exhausted: QUOTA.
+            Unsupported: NOT_MAPPABLE.
+        """
+        spare = self._spares.take(size_bytes)
+        try:
+            call = calls.create(vm, size_bytes, flags, spare[0] if spare else 0)
+            found, fds = self._sock.call([call.record])
+            file = self._take(found[0]).value
+        except BaseException:
+            if spare:
+                self._spares.put(*spare)
+            raise
+        release = self._keep if keep else self._let_go
+        try:
+            made = MappedFile(file, size_bytes, fds, spare and spare[1], release)
+        except OSError:
+            self._sock.tell([calls.close(file, keep=False).record])
+            raise
+        if spare and zeroed:
+            # even if a descriptor came: a daemon that was started again passes that of the spare
+            made.empty()
+        return made
+
+    def _keep(self, made: MappedFile) -> None:
+        self._sock.tell([calls.close(made.file, keep=True).record])
+        self._spares.put(made.file, made.memory)
+
+    def _let_go(self, made: MappedFile) -> None:
+        self._sock.tell([calls.close(made.file, keep=False).record])
+
+    def close_file(self, file: int) -> int:
+        """Close a file; return how many pages were freed."""
+        return self._do(calls.close(file, keep=False))
 
     # --- the shared half ---------------------------------------------------------------------
     def fd(self, file: int, *, read_only: bool = False) -> int:

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Generic, NamedTuple, TypeVar
 
-from .sessionwire import PRIVATE, READ_ONLY, Op, Record, Result
+from .sessionwire import KEEP, PRIVATE, READ_ONLY, Op, Record, Result
 
 T = TypeVar("T")
 
@@ -117,6 +117,19 @@ def write_guest(vm: int, vcpu: int, gpa: int, data: bytes, private: bool = True)
 def fd(file: int, read_only: bool = False) -> Call[None]:
     """Have a descriptor of the file's shared half sent along."""
     return Call(Record(Op.FD, file, flags=READ_ONLY if read_only else 0), _nothing)
+
+
+def create(vm: int, size_bytes: int, flags: int, spare: int) -> Call[int]:
+    """Make a file, and have a descriptor of its shared half sent along; the file.
+
+    None is sent where the memory of ``spare`` serves again, a file that was closed to be kept.
+    """
+    return Call(Record(Op.CREATE, vm, spare, size_bytes, flags), _value)
+
+
+def close(file: int, keep: bool) -> Call[int]:
+    """Close a file, its shared memory kept for the session's next; the pages freed."""
+    return Call(Record(Op.CLOSE, file, flags=KEEP if keep else 0), _value)
 
 
 def register_faults(file: int, offset_bytes: int, length_bytes: int) -> Call[int]:

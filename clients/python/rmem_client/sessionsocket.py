@@ -27,6 +27,8 @@ from .pauses import remaining
 from .sessionreturn import GaveUp, Return, connect, say_goodbye
 from .sessionwire import (
     DATAGRAM_MAX,
+    ONE_WAY,
+    STOP,
     Datagram,
     Kind,
     Notice,
@@ -46,6 +48,8 @@ from .sessionwire import (
 
 SESSION_NAME = "session.sock"
 MEMORY_LOST = "MEMORY_LOST"
+# as plain numbers, since those of ``socket`` are slow to combine
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _FDS_ROOM = socket.CMSG_SPACE(struct.calcsize("i"))
 
 
@@ -90,6 +94,9 @@ class SessionSocket:
             self._sock = connect(self.path)
         except OSError as error:
             raise self._ended("") from error
+        # its number stays; one thread reads at a time
+        self._readable = select.poll()
+        self._readable.register(self._sock, select.POLLIN)
 
     # --- what one asks -----------------------------------------------------------------------
     def open(self, role: str, ticket: bytes) -> Welcome:
@@ -103,6 +110,15 @@ class SessionSocket:
         assert self._welcome is not None
         return self._welcome
 
+    def tell(self, records: list[Record]) -> None:
+        """Send records in one datagram to which there is no reply.
+
+        One that is lost with the daemon is not sent again, and refusals are told to nobody.
+        """
+        with self._turn:
+            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
+        self._send(request(sequence, records, ONE_WAY))
+
     def call(self, records: list[Record], stop: bool = False) -> tuple[list[Result], list[int]]:
         """Send records in one datagram; return their results, and the descriptors that came.
 
@@ -113,7 +129,7 @@ class SessionSocket:
         """
         with self._turn:
             self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
-        datagram = request(sequence, records, stop)
+        datagram = request(sequence, records, STOP if stop else 0)
         end = time.monotonic() + self._deadline_s
         self._awaited.add(sequence)
         try:
@@ -253,21 +269,18 @@ class SessionSocket:
         return partial(self._ended, "the session has ended: the daemon hung up")
 
     def _receive(self, timeout_s: float | None) -> tuple[Datagram, list[int]] | None:
-        if timeout_s is not None:
-            poll = select.poll()
-            poll.register(self._sock, select.POLLIN)
-            if not poll.poll(max(timeout_s, 0) * 1000):
-                return None
+        if timeout_s is not None and not self._readable.poll(max(timeout_s, 0) * 1000):
+            return None
         try:
             n, ancillary, flags, _ = self._take()
         except ConnectionResetError:
             # it hung up on what we had sent, which is told before what it said last
             n, ancillary, flags, _ = self._take()
-        fds = _descriptors(ancillary)
+        fds = _descriptors(ancillary) if ancillary else []
         if n == 0:
             raise ConnectionResetError("the daemon hung up")
         try:
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & _CUT:
                 raise ProtocolError("a datagram was cut off")
             return decode(memoryview(bytes(self._view[:n]))), fds
         except ProtocolError:

@@ -21,8 +21,10 @@ VERSION = 1
 RECORDS_MAX = 1024
 PAYLOAD_MAX = 128 << 10
 STOP = 1
+ONE_WAY = 2
 PRIVATE = 1
 READ_ONLY = 2
+KEEP = 4
 WRITE = 2
 
 FRAME = struct.Struct("<HBBHHII")
@@ -71,8 +73,12 @@ class Op(IntEnum):
     USERFAULT_ZERO = 16
     USERFAULT_CONTINUE = 17
     USERFAULT_WAKE = 18
+    CREATE = 19
+    CLOSE = 20
 
 
+# as a plain number, which is quicker
+_REQUEST = int(Kind.REQUEST)
 NOTICE_KINDS = {1: "revoked", 2: "fault", 3: "removed", 4: "closed"}
 
 
@@ -162,7 +168,7 @@ def resume(session: int, token: str) -> bytes:
     return hello("resume", RESUME.pack(session) + token.encode())
 
 
-def request(sequence: int, records: list[Record], stop: bool) -> bytes:
+def request(sequence: int, records: list[Record], flags: int = 0) -> bytes:
     """Put a request together.
 
     Raises:
@@ -182,7 +188,7 @@ def request(sequence: int, records: list[Record], stop: bool) -> bytes:
             at += size
     if len(records) > RECORDS_MAX or at > PAYLOAD_MAX:
         raise ValueError(f"{len(records)} records with {at} bytes are too much for one datagram")
-    head = FRAME.pack(MAGIC, VERSION, Kind.REQUEST, len(records), STOP * stop, at, sequence)
+    head = FRAME.pack(MAGIC, VERSION, _REQUEST, len(records), flags, at, sequence)
     return b"".join((head, *parts, *payloads))
 
 

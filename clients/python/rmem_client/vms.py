@@ -134,14 +134,16 @@ class Vms:
         return self.set_memory_attributes(vm, ranges)
 
     def set_memory_attributes(
-        self, vm: int, ranges: Iterable[Range | tuple[int, int, int]], *, flags: int = 0
+        self, vm: int, ranges: Iterable[Range | tuple[int, int, int]] | bytes, *, flags: int = 0
     ) -> vm_pb2.SetMemoryAttributesResponse:
         """Set the attributes of ranges (gpa, size in bytes, attributes), one after the other.
 
-        The ranges travel packed, 512 KiB of them (21845) per call. Each range is all or nothing;
-        those before the one that is refused stay done, and the reply adds the calls up.
+        The ranges travel packed, 512 KiB of them (21845) per call; who has them packed already
+        (``pack_ranges``, or the bytes of an array of "<u8", three to a range) gives those. Each
+        range is all or nothing; those before the one that is refused stay done, and the reply adds
+        the calls up.
         """
-        packed = pack_ranges(ranges)
+        packed = ranges if isinstance(ranges, bytes) else pack_ranges(ranges)
         whole_records = PIECE_BYTES // RANGE_BYTES * RANGE_BYTES
         total = vm_pb2.SetMemoryAttributesResponse()
         for start, length in pieces(len(packed), whole_records):

@@ -145,6 +145,10 @@ def test_attributes_travel_packed(daemon: FakeDaemon, client: Client) -> None:
     reply = client.vms.set_memory_attributes(1, ranges)
     assert received == ranges
     assert (reply.done_ranges, reply.unchanged_ranges) == (50_000, 3)
+    # who has them packed gives them so
+    received.clear()
+    client.vms.set_memory_attributes(1, pack_ranges(ranges))
+    assert received == ranges
 
 
 @given(st.lists(st.tuples(U64, U64, U64)))

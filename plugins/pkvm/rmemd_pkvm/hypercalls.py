@@ -21,7 +21,7 @@ import numpy as np
 
 from rmemd.errors import Reason, RmemError
 from rmemd.hooks import HookTx, HostContext
-from rmemd.units import I64, Bools
+from rmemd.units import I64, Bools, distinct
 from rmemd_pkvm.reasons import (
     PKVM_INVALID,
     PKVM_NO_MEMORY,
@@ -107,7 +107,8 @@ class El2:
     def __init__(self, host: HostContext) -> None:
         self._nframes = host.nframes
         self._host = host.dense("host_state")
-        self._hyp = host.dense("hyp_state", fill=NOPAGE)
+        # few frames are ever the hypervisor's, and an array of a fill costs its whole length
+        self._hyp = host.sparse("hyp_state", fill=NOPAGE)
         self._annotation = host.dense("annotation", dtype="i8")
         self._refcount = host.dense("hyp_refcount", dtype="u2")
         self._shares = host.dense("host_share_guest_count", dtype="u4")
@@ -267,7 +268,7 @@ class El2:
         """Return a negative errno per page, of the first check that it fails, or 0."""
         for numbers, what in ((pages.pfns, "frame"), (pages.leaves, "gfn")):
             valid = numbers[numbers >= 0]
-            if valid.size > 1 and np.unique(valid).size != valid.size:
+            if valid.size > 1 and distinct(valid).size != valid.size:
                 raise refusal(
                     PKVM_INVALID, f"{name}: a {what} is named twice", -errno.EINVAL,
                     "", "named twice", "pkvm.md §8 rule 5",

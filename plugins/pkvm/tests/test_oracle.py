@@ -125,7 +125,8 @@ class Machine:
     def abstract(self) -> State:
         """Read the tables as the specification's maps, checking §8's invariants on the way."""
         tables: Any = self.bench.space.tables
-        column = {n: tables[f"platform/pkvm/{n}"].view.tolist() for n in (
+        every = np.arange(len(FRAMES), dtype=np.int64)
+        column = {n: tables[f"platform/pkvm/{n}"].get(every).tolist() for n in (
             "host_state", "hyp_state", "annotation", "hyp_refcount", "host_share_guest_count"
         )}  # fmt: skip
         leaves: dict[tuple[str, int], tuple[str, int]] = {}

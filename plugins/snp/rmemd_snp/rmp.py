@@ -84,7 +84,7 @@ class Rmp:
         Counted when asked for (only ACTIVATE asks), because a counter that every fault writes
         would be held by every transaction that waits for bytes. ASID 0 counts as none.
         """
-        return int(np.count_nonzero(self.asid.view == asid)) if asid else 0
+        return int(self.asid.where(asid).size) if asid else 0
 
     def faults(self, pfns: I64, gfns: I64, asid: int) -> Bools:
         """Return where a guest's C=1 use of ``gfns``, mapped to ``pfns``, is an #NPF.

@@ -441,6 +441,6 @@ def teardown(tx: HookTx, td: Td, kot: Records) -> None:
         raise t.refusal(leaf, "TDX_FLUSHVP_NOT_DONE", "tdx.md §9 rule 22", state="inside")
     tx.set(td.fields, "LIFECYCLE_STATE", "TD_TEARDOWN")
     tx.drop(kot, td.fields["HKID"])
-    pfns = np.flatnonzero(td.pamt.owner.view == td.vm).astype(np.int64)
+    pfns = td.pamt.owner.where(td.vm)
     _take(tx, td.pamt, pfns)
     reset(tx, td.pamt, pfns)
