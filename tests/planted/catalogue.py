@@ -287,7 +287,7 @@ _TABLE = (
     Mutant(
         "extra-reference-not-seen", COUNT, "rmemd.engine.migrate",
         "    return held_by_others(core, vm, src)\n", "    return np.zeros_like(extra)\n",
-        "what_is_held_does_not_move",
+        "what_is_held_does_not_move", "I3",
     ),
     Mutant(
         "movable-without-the-hook", COUNT, "rmemd.engine.compact",
