@@ -12,7 +12,7 @@ from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
 from rmemd.engine.memory import MPOL_INTERLEAVE
 from rmemd.engine.migrate import Outcome
-from rmemd.engine.stepwise import Stepwise
+from rmemd.engine.stepwise import Stepwise, Task
 from rmemd.errors import PluginFault
 from rmemd.hooks import Agent
 from rmemd.model.host import Use
@@ -28,13 +28,19 @@ def stepped(engine: Engine) -> Stepwise:
     return Stepwise(engine)
 
 
-def test_a_frame_that_the_system_would_not_destroy_is_tried_again() -> None:
+def _about_to_scrub() -> tuple[Bench, Stepwise, Task]:
+    """Punch a page, and stop before the bytes of its frame are destroyed."""
     bench = Bench()
     bench.core.hold = lambda step: None
     steps = Stepwise(bench.engine)
     task = steps.start(lambda e: e.fallocate(bench.guest.file, 3, 0, PAGE_SIZE))
     while task.step is None or task.step.name != "scrub":
         steps.advance(task)
+    return bench, steps, task
+
+
+def test_a_frame_that_the_system_would_not_destroy_is_tried_again() -> None:
+    bench, steps, task = _about_to_scrub()
     bench.system.fail(1, errno.ENOMEM)
     steps.finish()
     assert task.value() == 1
@@ -45,12 +51,7 @@ def test_a_frame_that_the_system_would_not_destroy_is_tried_again() -> None:
 
 
 def test_what_the_host_writes_to_a_frame_between_freeing_and_scrubbing_is_destroyed() -> None:
-    bench = Bench()
-    bench.core.hold = lambda step: None
-    steps = Stepwise(bench.engine)
-    task = steps.start(lambda e: e.fallocate(bench.guest.file, 3, 0, PAGE_SIZE))
-    while task.step is None or task.step.name != "scrub":
-        steps.advance(task)
+    bench, steps, _ = _about_to_scrub()
     (pfn,) = np.flatnonzero(bench.core.host.use.view == Use.SCRUBBING)
     write = steps.start(lambda e: e.write_physical(int(pfn), b"x" * PAGE_SIZE, Agent.HOST_USER))
     while not write.over:
