@@ -297,7 +297,8 @@ class Core(Driver):
         with self.tx("scrub") as tx:
             tx.put(self.host.flags, pfns, self.host.flags.get(pfns) & ~ARENA)
             # what the host wrote to them since they were freed is destroyed too
-            tx.put(self.host.stored, pfns, int(Stored.RAW_ZERO))
+            written = pfns[self.host.stored.get(pfns) != Stored.RAW_ZERO]
+            tx.put(self.host.stored, written, int(Stored.RAW_ZERO))
             bad = self.host.poisoned(pfns)
             tx.put(self.host.use, pfns[bad], int(Use.POISONED))
             give(self.host, tx, pfns[~bad])
