@@ -5,11 +5,11 @@ Each class is a platform; import the module with plugins/template on the path.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from rmemd.hooks import (
     AccessAnswer,

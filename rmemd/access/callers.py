@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.sessions import TICKETS, Closed
@@ -49,8 +50,7 @@ LEASE_SECONDS_MAX = 24 * 3600.0
 LATE_SECONDS = 2.0
 
 
-@dataclass(frozen=True)
-class Caller:
+class Caller(Struct, frozen=True):
     """On whose behalf a call is made.
 
     Attributes:
@@ -81,8 +81,7 @@ class Caller:
         return self.is_admin or self.tenant == owner.tenant
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(Struct, frozen=True, dict=True):
     """Who may come in.
 
     Attributes:
@@ -101,8 +100,7 @@ class Policy:
         return Caller(self.local, ADMIN, door=UNIX)
 
 
-@dataclass(frozen=True)
-class Ticket:
+class Ticket(Struct, frozen=True):
     """What the redeemer of a ticket gets."""
 
     tenant: str
@@ -112,8 +110,7 @@ class Ticket:
     grants: tuple[GrantRange, ...]
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(Struct, frozen=True):
     """Whose calls carry a token, and through which door."""
 
     session: int
@@ -121,16 +118,14 @@ class Token:
     door: str
 
 
-@dataclass(frozen=True)
-class Lease:
+class Lease(Struct, frozen=True):
     """How long a session lives that is not renewed."""
 
     session: int
     seconds: float
 
 
-@dataclass
-class _Running:
+class _Running(Struct):
     seconds: float
     due: float
 

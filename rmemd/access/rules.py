@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from msgspec import Struct
+
 from rmemd.access.callers import Caller
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.errors import NO_SUCH_FILE, NO_SUCH_PIN, NO_SUCH_VM, ROLE_DENIED, SAFE_MODE
 from rmemd.model.sessions import ADMIN, DEVICE, GUEST, HOST, Owner
@@ -18,8 +19,7 @@ from rmemd.model.sessions import ADMIN, DEVICE, GUEST, HOST, Owner
 Scope = Callable[[Core, Caller, Any], None]
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """Who may make a call, and what checks the objects that it names.
 
     Attributes:

@@ -17,15 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.errors import REASONS, Reason
 from rmemd.hooks.spec import ENTRY_POINTS
 
 OURS = frozenset(("rmemd", "rmem"))
 
 
-@dataclass(frozen=True)
-class TakenOut:
+class TakenOut(Struct, frozen=True):
     """Modules and reasons of packages, as they were when they were taken out."""
 
     packages: frozenset[str]

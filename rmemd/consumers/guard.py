@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sized
-from dataclasses import field, fields
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.errors import PLUGIN_NONSENSE, PLUGIN_RAISED, REASONS, RmemError
 from rmemd.hooks.hooktx import HookServices, HookTx
 from rmemd.hooks.ops import NotifierOps, PlatformOps
@@ -54,16 +53,14 @@ class Passages(Protocol):
         """The rules that wait; while there is none, a passage is only counted."""
 
 
-@dataclass
-class _Unruled:
+class _Unruled(Struct):
     """No fault rules, where nobody has any."""
 
     passed: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     waiting: Sized = ()
 
 
-@dataclass
-class Guard:
+class Guard(Struct):
     """What every guarded call shares.
 
     Attributes:
@@ -352,5 +349,5 @@ _PLATFORM_ANSWERS: dict[str, Callable[[Any, Any], bool]] = {
 }
 # the ops at which a fault rule can strike, in the table's order
 INJECTABLE = tuple(
-    op.name for op in fields(NotifierOps) if op.name in _ANSWERS or op.name == "export_state"
+    op for op in NotifierOps.__struct_fields__ if op in _ANSWERS or op == "export_state"
 )

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint
 from typing import Any
 
+from msgspec import Struct
+
 from rmemd.consumers import discovery
 from rmemd.consumers.guard import Consumer, Guard, Platform
-from rmemd.deferred import dataclass
 from rmemd.errors import BAD_REQUEST, NO_SUCH_CONSUMER, NO_SUCH_PLUGIN, SWAP_SCHEMA, RmemError
 from rmemd.hooks.hooktx import HookServices, HostContext, VmContext
 from rmemd.hooks.ops import NotifierOps, compile_consumer, compile_platform
@@ -26,8 +27,7 @@ ERROR_MAX = 500
 PERSONALITIES = frozenset(("attributes", "in-place"))
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """A plugin that was found; ``error`` is why it is quarantined, "" if it is not."""
 
     name: str
@@ -36,8 +36,7 @@ class Found:
     error: str = ""
 
 
-@dataclass(frozen=True)
-class Offer:
+class Offer(Struct, frozen=True):
     """A consumer variant that can be had, with the table its object declares."""
 
     platform: str
@@ -45,8 +44,7 @@ class Offer:
     ops: NotifierOps
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(Struct, frozen=True):
     """A platform that has started and is not at work yet, with what it will offer."""
 
     platform: Platform

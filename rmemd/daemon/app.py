@@ -16,11 +16,11 @@ import signal
 import threading
 import time
 import uuid
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import distribution
 
 import structlog
+from msgspec.structs import asdict
 
 from rmemd.access.callers import Access, policy_of
 from rmemd.consumers.discovery import release_of

@@ -11,16 +11,15 @@ import ipaddress
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import field
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from msgspec import Struct, field
 
 from rmemd.daemon.values import is_tenant
-from rmemd.deferred import dataclass
 
 SERVER_NAMES = ("localhost", "127.0.0.1", "::1")
 DAYS = 30
@@ -34,8 +33,7 @@ class CertificateError(Exception):
     """What was asked for cannot be made; nothing was."""
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """What to make.
 
     Attributes:
@@ -53,8 +51,7 @@ class Wanted:
     force: bool = False
 
 
-@dataclass
-class Made:
+class Made(Struct):
     """The files that were made, by what they are, and the lines for rmemd.toml."""
 
     directory: Path

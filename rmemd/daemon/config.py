@@ -29,7 +29,6 @@ from rmemd.daemon.values import (
     tenants_of,
     text_if,
 )
-from rmemd.deferred import dataclass
 
 # 2 MiB: what a node is made of (units.PMD_PAGES frames, without importing NumPy for it)
 NODE_MIN_BYTES = 2 << 20
@@ -294,8 +293,7 @@ def conflicts(config: Config) -> Iterator[tuple[str, str]]:
 
 
 # --- what keys there are --------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Key:
+class Key(Struct, frozen=True):
     """One key as the file spells it: ``section``.``name``; ``attribute`` is the struct's."""
 
     section: str

@@ -10,16 +10,14 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from msgspec import ValidationError, convert
+from msgspec import Struct, ValidationError, convert, field
 from msgspec.structs import replace
 
 from rmemd.daemon.config import Config, Key, TenantLimits, conflicts, keys, sections
 from rmemd.daemon.values import is_tenant, size_of, size_text
-from rmemd.deferred import dataclass
 
 FILE_NAME = "rmemd.toml"
 FILE_MAX_BYTES = 1 << 20
@@ -31,8 +29,7 @@ SOCKET_DIR_VARIABLE = "RMEMD_SOCKET_DIR"
 KeyPath = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """One thing that is wrong: where it stands, the key, what was found, what is legal."""
 
     origin: str
@@ -59,8 +56,7 @@ class ConfigError(Exception):
         return all(problem.is_usage for problem in self.problems)
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """A configuration, the file that was read (None: none), and each set key's origin."""
 
     config: Config
@@ -68,8 +64,7 @@ class Loaded:
     origins: Mapping[KeyPath, str]
 
 
-@dataclass(frozen=True)
-class Sources:
+class Sources(Struct, frozen=True):
     """Where to look: ``file`` None means the default place, where a file may be absent.
 
     ``sets`` are texts "section.key=value"; ``options`` maps "section.key" to (option, value).

@@ -8,7 +8,6 @@ force and is logged.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -43,8 +42,7 @@ class TcpServer:
         self._settings = settings
         self._credentials = None if settings.insecure else _Certificates(settings).credentials()
         door = LoopbackDoor(access) if settings.insecure else TlsDoor(access, settings.trust_domain)
-        # the same front behind another door: once-only holds whichever way a client comes
-        self.rpc = RpcServer(replace(front, door=door), services, TCP_OPTIONS, reflect=False)
+        self.rpc = RpcServer(front.behind(door), services, TCP_OPTIONS, reflect=False)
         self._core_log = CoreLog()
 
     def start(self) -> str:

@@ -9,10 +9,10 @@ ranges before the one that is refused stay. Source: restrictedmem.md §2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+from msgspec import Struct
 
 from rmemd.engine import frames
 from rmemd.engine.bracket import Scattered, View, invalidating
@@ -34,8 +34,7 @@ _SHIFT, _ONE = np.uint64(PAGE_SHIFT), np.uint64(1)
 _IN_PAGE, _TOP = np.uint64(PAGE_SIZE - 1), np.uint64(MAX_GFN * PAGE_SIZE)
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """Guest ranges in pages, and what each is to be (1: private), in the caller's order."""
 
     starts: I64

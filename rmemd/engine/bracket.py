@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import field, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.core import Core
 from rmemd.engine.ranges import Ranges
@@ -28,8 +28,7 @@ from rmemd.units import I64, Bools
 NOTHING = np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class View:
+class View(Struct, frozen=True):
     """A range of guest frames of one VM; ``zapped`` says whose mappings go, None for all.
 
     A conversion leaves what has the wanted state already as it is, and a change to one half of a
@@ -50,11 +49,10 @@ class View:
         return self.vm.mapped(self.gfn, self.npages)
 
 
-@dataclass(frozen=True)
-class Scattered(View):
+class Scattered(View, frozen=True, kw_only=True):
     """Several ranges of guest frames of one VM, ``spans``; gfn..gfn+npages is their extent."""
 
-    spans: Spans = field(kw_only=True)
+    spans: Spans
 
     def require_idle(self, ranges: Ranges) -> None:
         """Have the operation wait while any of it is in progress."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
+
 from rmemd.engine.notes import Notes
 from rmemd.errors import REASONS, Details, RmemError
 from rmemd.model.files import RestrictedFile
@@ -125,16 +126,14 @@ class Calls:
             self._by_call.setdefault(run[0], []).append(run)
 
 
-@dataclass(frozen=True)
-class _View:
+class _View(Struct, frozen=True):
     """An object of the model, which a journal keeps by its number."""
 
     kind: str
     number: int
 
 
-@dataclass(frozen=True)
-class _Refused:
+class _Refused(Struct, frozen=True):
     """A result that says what was refused, and that refusal by its reason's name."""
 
     result: Any

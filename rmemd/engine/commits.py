@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.waits import Operation
 from rmemd.hooks.tables import Records, Space, Write
@@ -29,8 +28,7 @@ MOVED_MAX = 64
 FILE_HALF = re.compile(r"file/(\d+)/(?:frames|shared)")
 
 
-@dataclass(frozen=True)
-class Copied:
+class Copied(Struct, frozen=True):
     """Frames that move, and ``sums`` of what the sources held for the owner of the key."""
 
     src: I64
@@ -45,8 +43,7 @@ class Copied:
         return cls(src, dst, key, plain_sums(core, src, key))
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(Struct, frozen=True):
     """A hook that agreed; ``after`` is how many writes of its transaction came before its answer.
 
     ``copies`` are the pages that it moves.
@@ -60,8 +57,7 @@ class Hook:
     copies: tuple[Copied, ...] = ()
 
 
-@dataclass
-class History:
+class History(Struct):
     """What is remembered from commit to commit.
 
     Attributes:
@@ -77,8 +73,7 @@ class History:
     lookups: dict[Operation, Counter[int]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Transition:
+class Transition(Struct, frozen=True, dict=True):
     """One committed transaction: ``before`` is the state that it was committed on."""
 
     core: Core

@@ -7,8 +7,8 @@ they are filled first; the emptiest of the others are emptied, as long as there 
 from __future__ import annotations
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Steps
 from rmemd.engine.migrate import Outcome, Report, governed, migrate, migrate_to
@@ -18,8 +18,7 @@ from rmemd.model.host import POISON, Use
 from rmemd.units import I64, PMD_PAGES, Bools, distinct, pages
 
 
-@dataclass
-class Compacted:
+class Compacted(Struct):
     """What compaction did to a node."""
 
     report: Report
@@ -28,8 +27,7 @@ class Compacted:
     blocked_2m: int
 
 
-@dataclass
-class Offlined:
+class Offlined(Struct):
     """What taking frames out of use did."""
 
     report: Report

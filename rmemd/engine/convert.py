@@ -6,12 +6,12 @@ attributes is ``engine.attributes``. Source: restrictedmem.md §2.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import View, held_by_others, in_progress, invalidating, views_of
 from rmemd.engine.core import Core, private_key
@@ -44,8 +44,7 @@ CARRY_PAGES = 2048
 NEAR = 64
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(Struct, frozen=True):
     """What an in-place conversion did: pages whose attribute changed, and what they hold."""
 
     changed_pages: int

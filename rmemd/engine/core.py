@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from rmemd.consumers.guard import Consumer, Guard
 from rmemd.consumers.registry import Registry
-from rmemd.deferred import dataclass
 from rmemd.engine import reopen
 from rmemd.engine.answered import Answered
 from rmemd.engine.calls import Calls
@@ -56,8 +57,7 @@ INLINE_PAGES = 8
 FACTS = ("nframes", "nnodes", "seed", "binding_overlap_errno")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """What an engine is made with.
 
     Attributes:

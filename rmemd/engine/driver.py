@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
+
 from rmemd.engine.answered import Answered
 from rmemd.engine.calls import Calls, Run, looked_up, named
 from rmemd.engine.cancel import Cancelled, never
@@ -35,8 +35,7 @@ T = TypeVar("T")
 MOVING = ("copy_in", "relocate")
 
 
-@dataclass
-class Step:
+class Step(Struct):
     """A place where the lock may be let go.
 
     ``tx`` set: its byte operations (and ``work``, which answers with contents) are done without
@@ -63,8 +62,7 @@ class Step:
 Steps = Generator[Step, None, T]
 
 
-@dataclass(frozen=True)
-class _Decided:
+class _Decided(Struct, frozen=True):
     result: Any
     then: Callable[[], Steps[None]]
 
@@ -79,8 +77,7 @@ def decided(result: T, then: Callable[[], Steps[None]]) -> T:
     return cast("T", _Decided(result, then))
 
 
-@dataclass(frozen=True)
-class Call(Generic[T]):
+class Call(Struct, Generic[T], frozen=True):
     """What ``Core.run`` was asked for; the attributes are its arguments."""
 
     operation: Callable[[], Steps[T]]

@@ -7,11 +7,9 @@ asked for private pages only.
 
 from __future__ import annotations
 
-from dataclasses import field
-
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames, userfault
 from rmemd.engine.bracket import FAULT, View, invalidating, pin_entry
 from rmemd.engine.core import Core
@@ -36,8 +34,7 @@ class Stale(Exception):
     """
 
 
-@dataclass
-class Trace:
+class Trace(Struct):
     """What a fault did to its first page's references: (step, references, pins)."""
 
     steps: list[tuple[str, int, int]] = field(default_factory=list)
@@ -49,8 +46,7 @@ class Trace:
         self.steps.append((step, cached + host.refs.at(pfn), host.pins.at(pfn)))
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(Struct, frozen=True):
     """What is faulted in: guest frames of one slot and one state, none of which is mapped.
 
     Attributes:
@@ -85,8 +81,7 @@ class Wanted:
             return False
 
 
-@dataclass(frozen=True)
-class Lookup:
+class Lookup(Struct, frozen=True):
     """Pages looked up, and what is held until they are mapped: ``taken`` frames, as ``held``."""
 
     runs: Runs

@@ -11,8 +11,9 @@ from __future__ import annotations
 import inspect
 from enum import Enum
 
+from msgspec import Struct
+
 from rmemd.consumers.guard import INJECTABLE
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.fault import LOST_RACE
 from rmemd.engine.faultrules import STEP, Rule, require_sound
@@ -31,16 +32,14 @@ class Sort(Enum):
     VENDOR = 4
 
 
-@dataclass(frozen=True)
-class Pause:
+class Pause(Struct, frozen=True):
     """A step: what happens to the operation there, and whether it is one VM's."""
 
     means: str
     of_vm: bool = True
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(Struct, frozen=True):
     """A point, whose it is ("" for the engine's), and how often it was passed since the start."""
 
     name: str

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
+
 from rmemd.errors import BAD_REQUEST, NO_SUCH_RULE
 
 TEXT_MAX = 256
@@ -37,8 +38,7 @@ def at_step(name: str) -> str:
     return STEP + re.sub(r"\W+", "-", name)
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """At ``point`` of VM ``vm`` (0: any), from the ``nth`` passage on, ``times`` times.
 
     Attributes:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine.convert import convert_by_guest, discard
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Steps
@@ -36,8 +37,7 @@ UNKNOWN_CALL = (1 << 64) - 1
 HANDLERS = {"#VE": Opcode.ACCEPT, "#VC": Opcode.VALIDATE}
 
 
-@dataclass(frozen=True)
-class Called:
+class Called(Struct, frozen=True):
     """How far a call came: ``finished`` means that the guest has its status."""
 
     done: int = 0

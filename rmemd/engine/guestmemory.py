@@ -10,8 +10,8 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.engine import userfault
 from rmemd.engine.core import Core, kill, private_key
 from rmemd.engine.driver import Steps
@@ -40,8 +40,7 @@ FAULTS_MAX = 4
 EINTR, EIO, EFAULT, EHWPOISON = 4, 5, 14, 133
 
 
-@dataclass(frozen=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """An access that makes the vCPU exit; ``exit`` names the exit reason."""
 
     exit: str
@@ -54,8 +53,7 @@ class Stop:
     refusal: RmemError | None = None
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True):
     """A stretch that was executed, or the exception that the guest took at ``gfn``."""
 
     nbytes: int = 0
@@ -66,8 +64,7 @@ class Done:
     exception: GuestException | None = None
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(Struct, frozen=True):
     """The bytes of one stretch: ``start`` address, ``size``, and the pages they lie in."""
 
     start: int

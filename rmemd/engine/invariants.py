@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from inspect import cleandoc
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine import holderinvariants, pageinvariants, transitions
 from rmemd.engine.core import Core
 from rmemd.engine.monitors import Monitors
@@ -50,8 +51,7 @@ class Status(Enum):
     UNWATCHED = "unwatched"
 
 
-@dataclass(frozen=True)
-class Invariant:
+class Invariant(Struct, frozen=True):
     """One of the invariants, and how it stands."""
 
     number: str
@@ -59,8 +59,7 @@ class Invariant:
     status: Status
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """What a look at the whole state came to.
 
     Attributes:

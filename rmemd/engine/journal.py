@@ -17,7 +17,8 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.errors import PLUGIN_NONSENSE, REVISION_COMPACTED, RmemError
 from rmemd.hooks.tx import Tx
 from rmemd.store.codec import NoteEntry, Record, encode_note, encode_record
@@ -38,8 +39,7 @@ KEY_MAX = 64
 NOT_PLAIN = (TypeError, RecursionError)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(Struct, frozen=True):
     """Something that happened, for watchers; never carries a page's content."""
 
     revision: int

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class Revoked:
+class Revoked(Struct, frozen=True):
     """A range of a file was taken back from the session, at a revision."""
 
     file: int
@@ -21,8 +20,7 @@ class Revoked:
     revision: int
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """The session ended, whoever ended it; what it held, in pages, was let go."""
 
     released_pages: int

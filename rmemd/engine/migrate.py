@@ -9,12 +9,11 @@ pages move by invalidation, whatever the consumer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import field
 from enum import IntEnum
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import held_by_others, in_progress, views_of
 from rmemd.engine.core import Core
@@ -42,8 +41,7 @@ class Outcome(IntEnum):
     FAILED = 4
 
 
-@dataclass(frozen=True)
-class Moved:
+class Moved(Struct, frozen=True):
     """Pages with one outcome: parallel int64 frames; ``dst`` is -1 where they did not move."""
 
     src: I64
@@ -59,8 +57,7 @@ def never() -> bool:
     return False
 
 
-@dataclass
-class Report:
+class Report(Struct):
     """What a job that moves pages did, page by page; it can be read while it grows.
 
     Attributes:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.model.userfaults import Userfaults
 from rmemd.units import I64, coalesce, distinct, pages
 
@@ -20,8 +20,7 @@ NO_PAGES: I64 = np.empty(0, dtype=np.int64)
 FAULT, REMOVED = "fault", "removed"
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(Struct, frozen=True):
     """What a handler is told: a "fault" on holes of a range, or pages "removed" by a punch.
 
     Attributes:

@@ -8,8 +8,8 @@ comes back is ciphertext, zeros, ones or a fault.
 from __future__ import annotations
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.engine.bracket import invalidating, views_of_half
 from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core, kill
@@ -27,8 +27,7 @@ ACCESS_PAGES_MAX = 256
 _VIEW = {view: i for i, view in enumerate(HOST_VIEWS)}
 
 
-@dataclass(frozen=True)
-class Poisoned:
+class Poisoned(Struct, frozen=True):
     """What poisoning a frame did."""
 
     pfn: int

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import field
 from importlib.metadata import EntryPoint
+
+from msgspec import Struct, field
 
 from rmemd.consumers import discovery
 from rmemd.consumers.registry import Found, Staged, as_found, one_line, require_offer
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
 from rmemd.engine.swap import Swapped, flip, require_quiet, succeed
@@ -30,8 +30,7 @@ from rmemd.hooks.tx import Held, Tx
 from rmemd.model.vms import Vm
 
 
-@dataclass(frozen=True)
-class Reloaded:
+class Reloaded(Struct, frozen=True):
     """What a reload changed: the plugin before and now, and its VMs' swaps."""
 
     before: Found
@@ -39,8 +38,7 @@ class Reloaded:
     vms: list[Swapped]
 
 
-@dataclass
-class _Imported:
+class _Imported(Struct):
     """What an import without the lock came to."""
 
     points: list[EntryPoint] = field(default_factory=list)

@@ -7,8 +7,8 @@ is finalized, a prefix kept on refusal) and KVM_PRE_FAULT_MEMORY.
 from __future__ import annotations
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
@@ -36,8 +36,7 @@ FAULT_PAGES = 2048
 ONE_PAGES = (Kind.POISON, Kind.EXHAUSTED)
 
 
-@dataclass
-class PreFaulted:
+class PreFaulted(Struct):
     """How far a pre-fault came."""
 
     done_pages: int

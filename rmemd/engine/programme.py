@@ -8,8 +8,8 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, NOT_PAGE_ALIGNED, RmemError
 from rmemd.hooks.types import GuestCall
 from rmemd.units import I64, MAX_GFN, PAGE_SIZE, U8, is_page_aligned
@@ -51,8 +51,7 @@ ACCESSES = (Opcode.TOUCH, Opcode.WRITE, Opcode.CHECK, Opcode.COPY)
 LEVELS = (0, 1)
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(Struct, frozen=True):
     """One instruction; ``value`` is a byte, a seed, an address or an instruction's index."""
 
     opcode: Opcode

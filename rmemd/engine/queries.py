@@ -5,11 +5,9 @@ Owns the read side. Every query runs under the lock and answers for one revision
 
 from __future__ import annotations
 
-from dataclasses import field
-
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.core import Core
 from rmemd.model.files import RestrictedFile
@@ -18,8 +16,7 @@ from rmemd.model.vms import Slot, Vm, unpack
 from rmemd.units import I64, distinct, pages
 
 
-@dataclass
-class FrameMap:
+class FrameMap(Struct):
     """Frames as parallel columns, one entry per frame asked for."""
 
     pfns: I64
@@ -45,8 +42,7 @@ class FrameMap:
         return np.flatnonzero(new).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Account:
+class Account(Struct, frozen=True):
     """One file's use of memory, in pages."""
 
     file: int

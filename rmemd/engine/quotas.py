@@ -8,10 +8,10 @@ carried along, so that a tenant far from its limit costs an addition.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.errors import QUOTA, RmemError
 
 if TYPE_CHECKING:
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 UNLIMITED = -1
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """What one tenant may have at most; -1 is no limit."""
 
     frames: int = UNLIMITED
@@ -57,7 +56,7 @@ class Quotas:
         """Return the highest limits that a tenant ever had: it keeps what it got under those."""
         ever = [_limits_of(tenant, *limits) for limits in self._ever or [self.in_force]]
         values = {
-            one.name: [getattr(limits, one.name) for limits in ever] for one in fields(Limits)
+            name: [getattr(limits, name) for limits in ever] for name in Limits.__struct_fields__
         }
         return Limits(**{
             name: UNLIMITED if UNLIMITED in found else max(found) for name, found in values.items()

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import field
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
+
 from rmemd.engine.waits import RANGE, Operation, Retry, WaitFor, Waits, pages_text
 from rmemd.units import I64
 
 
-@dataclass
-class _Ranges:
+class _Ranges(Struct):
     """Ranges in progress of one VM or file with whose they are, and its invalidate sequence."""
 
     busy: list[tuple[int, int, Operation]] = field(default_factory=list)

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine.journal import Journal
 from rmemd.engine.notes import Notes
 from rmemd.engine.sharedmemory import SHARED_MEMFDS
@@ -48,8 +47,7 @@ HELD = ("host/stored", "host/key", "host/mac", "host/flags")
 LOST = "its memory was lost with the process that kept it"
 
 
-@dataclass
-class Opened:
+class Opened(Struct):
     """A log, and what it began with; ``frames`` are those that were read back."""
 
     log: Log | None
@@ -64,8 +62,7 @@ class Opened:
         return {"life": self.life, "facts": self.facts}
 
 
-@dataclass
-class ReadBack:
+class ReadBack(Struct):
     """What a log had.
 
     Attributes:
@@ -80,8 +77,7 @@ class ReadBack:
     in_flight: list[tuple[I64, U64, dict[str, Any]]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Recovered:
+class Recovered(Struct, frozen=True):
     """What reopening found and did.
 
     Attributes:

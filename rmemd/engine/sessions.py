@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.engine import frames, lifecycle, memory, pins, userfaultops
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
@@ -32,8 +32,7 @@ from rmemd.units import distinct
 TICKETS = "tickets"
 
 
-@dataclass(frozen=True)
-class Closed:
+class Closed(Struct, frozen=True):
     """What went with a session."""
 
     sessions: tuple[int, ...]

@@ -9,7 +9,8 @@ and its pages count as frames of the session's tenant.
 
 from __future__ import annotations
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine.notes import Notes
 from rmemd.store.keeping import Keeping, file_name
 from rmemd.store.memfd import Memfd
@@ -24,8 +25,7 @@ SPARE_PAGES_MAX = 1 << 17
 NOBODY, ANYBODY = 0, -1
 
 
-@dataclass
-class _Held:
+class _Held(Struct):
     """A memfd, under whose number it is kept, and the one session that was given it."""
 
     memfd: Memfd
@@ -33,8 +33,7 @@ class _Held:
     given_to: int = NOBODY
 
 
-@dataclass
-class _Spare:
+class _Spare(Struct):
     """A memfd that waits for a session's next file."""
 
     held: _Held

@@ -10,13 +10,13 @@ Which loss of an op is unsafe, and because of which live state, is ``engine.swap
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Consumer, Platform
 from rmemd.consumers.registry import Offer
-from rmemd.deferred import dataclass
 from rmemd.engine import frames
 from rmemd.engine.bracket import pin_entries, pin_entry
 from rmemd.engine.core import Core
@@ -41,8 +41,7 @@ from rmemd.units import I64, MAX_GFN, distinct
 MICROSECONDS = 1_000_000
 
 
-@dataclass(frozen=True)
-class Swapped:
+class Swapped(Struct, frozen=True):
     """What a swap changed.
 
     Attributes:
@@ -68,8 +67,7 @@ class Swapped:
     pause_us: int = 0
 
 
-@dataclass(frozen=True)
-class Successor:
+class Successor(Struct, frozen=True):
     """A consumer that stands ready in an open transaction, and what its swap changes."""
 
     consumer: Consumer

@@ -8,12 +8,13 @@ the guest. Pages are faulted in, judged by the consumer, and then read or writte
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from typing import TypeVar
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
+
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
 from rmemd.engine.guestcall import make_call, take_exception
@@ -41,8 +42,7 @@ class Exit(IntEnum):
     IO = 8
 
 
-@dataclass(frozen=True)
-class Exited:
+class Exited(Struct, frozen=True):
     """An exit, with what the VMM needs to handle it."""
 
     reason: Exit

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine.journal import Journal
 from rmemd.errors import Holder, RmemError
 from rmemd.hooks.tables import Write
@@ -55,8 +56,7 @@ class Operation:
         return self._who or _method(self._made_by)
 
 
-@dataclass(frozen=True)
-class WaitFor:
+class WaitFor(Struct, frozen=True):
     """What an operation that waits in a step waits for.
 
     Attributes:
@@ -82,8 +82,7 @@ class GaveUp(Exception):
     """The operation was told to stop while it waited; nothing of its transaction has happened."""
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(Struct, frozen=True):
     """One who waits, or was refused, and whom for; see WaitEdge in host.proto."""
 
     waiter: str
@@ -94,8 +93,7 @@ class Edge:
     revision: int
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(Struct, frozen=True):
     """The edges, oldest first, and those among whom each waits for the next."""
 
     edges: list[Edge]

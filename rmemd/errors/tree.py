@@ -8,11 +8,11 @@ exceptions that carry one, one class a ``Kind``, and their ``Details``. Use them
 from __future__ import annotations
 
 import errno as errno_names
-from dataclasses import field, replace
 from enum import Enum
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
 
 # numbers that Python's errno module lacks or spells by an alias
 NUMBERS = {"EHWPOISON": 133}
@@ -49,8 +49,7 @@ class Kind(Enum):
         return self.value.strip()
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Struct, frozen=True):
     """Somebody who holds references: ``name`` ("vm/3"), ``purpose`` ("secure EPT"), how many.
 
     ``longterm`` says that they are long-term pins, each of which counts as 1024 references.
@@ -66,8 +65,7 @@ class Holder:
         return f"{self.name} ({self.purpose}, {what}: {self.count})"
 
 
-@dataclass(frozen=True)
-class Details:
+class Details(Struct, frozen=True):
     """What a refusal names besides its reason; empty strings and ``None`` mean "does not apply".
 
     Attributes:
@@ -97,8 +95,7 @@ class Details:
     for_log: str = ""
 
 
-@dataclass(frozen=True)
-class Reason:
+class Reason(Struct, frozen=True):
     """A named reason for refusing: constant, documented, with the kernel's errno where it has one.
 
     Attributes:
@@ -140,14 +137,17 @@ class Reason:
 REASONS: dict[str, Reason] = {}
 
 
-@dataclass(eq=False)
 class RmemError(Exception):
     """Root of every refusal. Nothing has changed when one is raised, save a named prefix."""
 
-    reason: Reason
-    message: str
-    details: Details = field(default_factory=Details)
-    errno: int = 0
+    def __init__(
+        self, reason: Reason, message: str, details: Details | None = None, errno: int = 0
+    ) -> None:
+        super().__init__(reason, message, details, errno)
+        self.reason = reason
+        self.message = message
+        self.details = details or Details()
+        self.errno = errno
 
     def __str__(self) -> str:
         text = f"{self.reason.name}: {self.message}"

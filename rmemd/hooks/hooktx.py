@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from dataclasses import field
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.hooks.tables import Dense, Records, Sparse, TableSpec
 from rmemd.hooks.tx import FRAME_KEYS, KEYS, VM_KEYS, ByteOp, Tx, handed_back
 from rmemd.hooks.types import KeySpec
@@ -132,8 +131,7 @@ class HookTx:
             raise PermissionError(f"table {name} is not the plugin's own")
 
 
-@dataclass(frozen=True)
-class HostContext:
+class HostContext(Struct, frozen=True):
     """What a platform is given: how many frames there are, and a maker of its tables.
 
     ``reloading`` says that newer code takes over what older code kept: a table that is there is
@@ -172,8 +170,7 @@ class HostContext:
         return self.tx.create(spec) if there is None else handed_back(there, spec)
 
 
-@dataclass(frozen=True)
-class VmContext:
+class VmContext(Struct, frozen=True):
     """What a consumer is given: its VM's number and a maker of its tables.
 
     ``importing`` says that import_state comes next and brings what the VM has: ids, keys, entries.

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import cache
 from threading import RLock
 from types import ModuleType
 from typing import Any
 
 import pluggy
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import PLUGIN_INVALID
 from rmemd.hooks.hooktx import HookTx, HostContext, VmContext
 from rmemd.hooks.spec import (
@@ -46,8 +45,7 @@ from rmemd.hooks.types import (
 from rmemd.units import I64, U8, Bools
 
 
-@dataclass(frozen=True)
-class NotifierOps:
+class NotifierOps(Struct, frozen=True):
     """A consumer's ops as the engine calls them; ``None`` is NULL. See ``ConsumerSpec``."""
 
     invalidate_start: Callable[[HookTx, Runs, Why], None]
@@ -72,11 +70,10 @@ class NotifierOps:
 
     def implemented(self) -> dict[str, bool]:
         """Return each op's name and whether it is implemented, in the table's order."""
-        return {f.name: getattr(self, f.name) is not None for f in fields(self)}
+        return {name: getattr(self, name) is not None for name in self.__struct_fields__}
 
 
-@dataclass(frozen=True)
-class PlatformOps:
+class PlatformOps(Struct, frozen=True):
     """A platform's ops as the engine calls them; ``None`` is NULL. See ``PlatformSpec``."""
 
     variants: Callable[[], Sequence[Variant]]

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
-from rmemd.deferred import dataclass
 from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import Records, Sparse, Table
@@ -24,8 +24,7 @@ INDEX_END = 1 << 52
 PLAIN = frozenset((int, str, bytes, bool, type(None)))
 
 
-@dataclass(frozen=True, eq=False)
-class SparseState:
+class SparseState(Struct, frozen=True, eq=False):
     """A sparse table's entries that differ from ``fill``: ascending int64 indices, and values."""
 
     indices: I64
@@ -33,8 +32,7 @@ class SparseState:
     fill: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class RecordsState:
+class RecordsState(Struct, frozen=True, eq=False):
     """A table of records as (key, value) pairs, in its order; both are plain (``is_plain``)."""
 
     items: tuple[tuple[Any, Any], ...]
@@ -43,8 +41,7 @@ class RecordsState:
 TableState = SparseState | RecordsState
 
 
-@dataclass(frozen=True, eq=False)
-class State:
+class State(Struct, frozen=True, eq=False):
     """All that one VM's consumer keeps.
 
     Attributes:

@@ -15,8 +15,8 @@ from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.tables import Dense, Records, Space, Sparse, Table, TableSpec, Write
 from rmemd.units import I64, U8, U64
@@ -43,8 +43,7 @@ class Held(Exception):
         self.write = write
 
 
-@dataclass(frozen=True)
-class ByteOp:
+class ByteOp(Struct, frozen=True):
     """A named movement of bytes: "copy_in", "zero", "relocate" or "scrub".
 
     Attributes:
@@ -61,8 +60,7 @@ class ByteOp:
     rows: U8 | None = None
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(Struct, frozen=True):
     """A point in a transaction that it can be rolled back to."""
 
     writes: int

@@ -7,12 +7,11 @@ pages; arrays are int64 unless a docstring says otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
 from enum import Enum, IntEnum
 
 import numpy as np
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.units import I64, U8, Bools, expand, run_breaks
 
 
@@ -105,8 +104,7 @@ class HostView(Enum):
     FAULT = "fault"
 
 
-@dataclass(frozen=True)
-class Runs:
+class Runs(Struct, frozen=True):
     """Parallel int64 arrays: run i maps gfn[i]..gfn[i]+npages[i] to pfn[i]..pfn[i]+npages[i]."""
 
     gfn: I64
@@ -134,8 +132,7 @@ class Runs:
         return expand(self.pfn, self.npages)
 
 
-@dataclass(frozen=True)
-class GuestException:
+class GuestException(Struct, frozen=True):
     """An exception that the guest takes, in the vendor's own terms ("#VE", "#VC 0x404")."""
 
     vector: str
@@ -143,8 +140,7 @@ class GuestException:
     text: str
 
 
-@dataclass(frozen=True)
-class AccessAnswer:
+class AccessAnswer(Struct, frozen=True):
     """Verdicts on a guest access.
 
     Attributes:
@@ -160,8 +156,7 @@ class AccessAnswer:
     status: int = 0
 
 
-@dataclass(frozen=True)
-class CallAnswer:
+class CallAnswer(Struct, frozen=True):
     """Answer to a guest call; ``done`` pages from the front took effect.
 
     With CONVERT, ``refused`` is the status that the guest gets instead if the conversion is
@@ -178,8 +173,7 @@ class CallAnswer:
     refused_name: str = ""
 
 
-@dataclass(frozen=True)
-class Pin:
+class Pin(Struct, frozen=True):
     """What a consumer holds while a page is mapped.
 
     ``longterm`` False is a plain page reference (get_page), True a long-term pin
@@ -190,31 +184,27 @@ class Pin:
     longterm: bool = False
 
 
-@dataclass(frozen=True)
-class Populated:
+class Populated(Struct, frozen=True):
     """Answer of ``populate``: whether the pages are mapped already (TDX) or not yet (SNP)."""
 
     mapped: bool
 
 
-@dataclass(frozen=True)
-class PageStates:
+class PageStates(Struct, frozen=True):
     """Vendor states of pages: ``codes`` (uint8 per page) index into ``names``."""
 
     codes: U8
     names: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class HostAccess:
+class HostAccess(Struct, frozen=True):
     """A physical access by the host to whole frames, checked by the CPU (never the bus)."""
 
     agent: Agent
     write: bool
 
 
-@dataclass(frozen=True)
-class HostAnswer:
+class HostAnswer(Struct, frozen=True):
     """What a platform does to a host access: uint8 index into ``HostView`` order, per frame.
 
     ``fault`` names the fault in the vendor's words where any frame's view is FAULT. With
@@ -230,8 +220,7 @@ class HostAnswer:
 HOST_VIEWS: tuple[HostView, ...] = tuple(HostView)
 
 
-@dataclass(frozen=True)
-class KeySpec:
+class KeySpec(Struct, frozen=True):
     """A memory key: AES-XTS unless ``plain``; with ``integrity`` each page has a MAC and an owner.
 
     The key's bytes are derived from the daemon's seed and ``key_id``, which is never used again,
@@ -244,8 +233,7 @@ class KeySpec:
     integrity: bool = False
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Struct, frozen=True):
     """A consumer that a platform offers: the kind of VM it makes, not what its ops can do.
 
     Attributes:

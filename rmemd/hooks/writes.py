@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
 
 
 class Write(NamedTuple):
@@ -20,8 +20,7 @@ class Write(NamedTuple):
     args: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class TableSpec:
+class TableSpec(Struct, frozen=True):
     """What makes a table: ``kind`` is "dense", "sparse" or "records"."""
 
     name: str

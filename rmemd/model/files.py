@@ -8,8 +8,8 @@ state, and ``attributes`` (of the file, as in Linux) says which.
 from __future__ import annotations
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import BINDING_OVERLAP, NO_SUCH_FILE
 from rmemd.hooks.tables import Records, Space, Sparse, TableSpec
 from rmemd.hooks.tx import Tx
@@ -25,8 +25,7 @@ PRIVATE = 1
 SHARED = 0
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(Struct, frozen=True):
     """A file's fixed facts."""
 
     file: int
@@ -42,8 +41,7 @@ class FileInfo:
         return bool(self.flags & FLAG_MMAP)
 
 
-@dataclass(frozen=True)
-class Binding:
+class Binding(Struct, frozen=True):
     """A range of a file that a slot of a VM has: pgoff..pgoff+npages is gfn..gfn+npages."""
 
     pgoff: int
@@ -53,8 +51,7 @@ class Binding:
     gfn: int
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """A NUMA policy: 0 default, 2 bind, 3 interleave, as MPOL_* are numbered."""
 
     policy: int

@@ -10,8 +10,8 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.hooks.tables import Dense, Records, Space, TableSpec
 from rmemd.hooks.tx import COUNTERS, FRAME_KEYS, KEYS, VM_KEYS, Tx
 from rmemd.units import I64, PAGE_SIZE, PMD_PAGES, Bools
@@ -49,8 +49,7 @@ ARENA = np.uint8(2)
 KEPT = np.uint8(4)
 
 
-@dataclass(frozen=True)
-class NodeRange:
+class NodeRange(Struct, frozen=True):
     """A NUMA node's frames: ``npages`` from ``first``, both multiples of 2 MiB."""
 
     node: int

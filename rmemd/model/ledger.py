@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import Holder
 from rmemd.hooks.tables import Records, Sparse, TableSpec
 from rmemd.hooks.tx import Tx
@@ -26,8 +26,7 @@ _ONE_MORE, _ONE_LESS = np.uint32(1), np.uint32(0xFFFFFFFF)
 PIN_BIAS = 1024
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One holder's reason to hold frames; ``table`` counts by pfn."""
 
     holder: str

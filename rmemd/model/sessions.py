@@ -6,10 +6,11 @@ holds ends with it. Tokens, processes and leases are not state: the doors keep n
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+from msgspec.structs import replace
+
 from rmemd.errors import NO_SUCH_PIN, NO_SUCH_SESSION
 from rmemd.hooks.tables import Records, TableSpec
 from rmemd.hooks.tx import Tx
@@ -18,8 +19,7 @@ HOST, GUEST, DEVICE, ADMIN = "host", "guest", "device", "admin"
 ROLES = (HOST, GUEST, DEVICE, ADMIN)
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(Struct, frozen=True):
     """On whose behalf something is made: a tenant, and the session it goes with (0: none)."""
 
     tenant: str = ""
@@ -29,8 +29,7 @@ class Owner:
 NOBODY = Owner()
 
 
-@dataclass(frozen=True)
-class GrantRange:
+class GrantRange(Struct, frozen=True):
     """Pages pgoff..pgoff+npages of a file's shared half."""
 
     file: int
@@ -52,8 +51,7 @@ class GrantRange:
         return tuple(part for part in (left, right) if part.npages)
 
 
-@dataclass(frozen=True)
-class SessionInfo:
+class SessionInfo(Struct, frozen=True):
     """A session's facts.
 
     Attributes:
@@ -94,8 +92,7 @@ class SessionInfo:
         return at >= end
 
 
-@dataclass(frozen=True)
-class PagePin:
+class PagePin(Struct, frozen=True):
     """Pages that a client pinned; ``holder`` is the ledger's name for it."""
 
     pin: int

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.hooks.tables import Sparse
 from rmemd.hooks.tx import Tx
 from rmemd.units import I64, U8, Bools, expand
@@ -20,8 +20,7 @@ from rmemd.units import I64, U8, Bools, expand
 SHORT_PAGES = 64
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(Struct, frozen=True, dict=True):
     """Ranges ``starts[i] .. starts[i]+counts[i]``: int64, ascending, none empty, none overlap."""
 
     starts: I64

@@ -11,16 +11,15 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import NO_SUCH_USERFAULT, USERFAULT_TAKEN, Holder
 from rmemd.hooks.tables import Records, TableSpec
 from rmemd.hooks.tx import Tx
 from rmemd.units import I64, Bools
 
 
-@dataclass(frozen=True)
-class Registration:
+class Registration(Struct, frozen=True):
     """A range of a file, in pages, the faults of which go to a session (0: an admin)."""
 
     userfault: int

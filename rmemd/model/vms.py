@@ -7,12 +7,12 @@ mirror is the generic secondary MMU: per gfn, 0 for nothing, else ``(pfn + 1) <<
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
-from rmemd.deferred import dataclass
 from rmemd.errors import NO_SUCH_VCPU, NO_SUCH_VM, VM_DEAD, VM_FROZEN
 from rmemd.hooks.tables import Records, Space, TableSpec
 from rmemd.hooks.tx import Tx
@@ -27,8 +27,7 @@ NR_MEMSLOTS = 32764
 ATTRIBUTE_PRIVATE = 8
 
 
-@dataclass(frozen=True)
-class VmInfo:
+class VmInfo(Struct, frozen=True):
     """A VM's facts.
 
     ``state`` is "building", "finalized", "frozen" or "dead"; ``measurement`` is set by finalize.
@@ -53,8 +52,7 @@ class VmInfo:
         return f"vm/{self.vm}"
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(Struct, frozen=True):
     """A memslot; ``file`` is the restricted file, or the anonymous one behind an ordinary slot."""
 
     slot: int
@@ -70,8 +68,7 @@ class Slot:
         return bool(self.flags & GUEST_MEMFD)
 
 
-@dataclass(frozen=True)
-class Vcpu:
+class Vcpu(Struct, frozen=True):
     """A vCPU between two steps: its programme, and how far it is.
 
     Attributes:

@@ -8,6 +8,7 @@ status, and an exception without a name leaves as a correlation id only.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -18,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import field
 from typing import Any
 
 import grpc
@@ -30,7 +30,6 @@ from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 from rmemd.access.callers import Caller
 from rmemd.access.rules import admit
-from rmemd.deferred import dataclass
 from rmemd.engine.cancel import Cancelled
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -68,28 +67,40 @@ _numbers = itertools.count(1)
 _correlated: ContextVar[Any] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}correlation", default=...)
 
 
-@dataclass(frozen=True)
 class Front:
-    """What every call of a server passes through."""
+    """What every call of a server passes through.
 
-    engine: Engine
-    door: Door
-    observers: Sequence[Observer] = ()
-    life: str = ""
-    lifecycle: Lifecycle = field(default_factory=Lifecycle)
-    replies: Replies = field(init=False)
-    # what the ids of this process's calls begin with
-    process: str = field(init=False)
-    # bound once, where the module's is looked up at each call
-    log: Any = field(init=False)
+    Attributes:
+        life: by this a client tells this daemon from another.
+        process: what the ids of this process's calls begin with.
+        log: bound once, where the module's is looked up at each call.
+    """
 
-    def __post_init__(self) -> None:
-        core = self.engine.core
-        # by this a client tells this daemon from another; memory without a name goes with us
-        object.__setattr__(self, "life", self.life or core.life or uuid.uuid4().hex)
-        object.__setattr__(self, "replies", Replies(core=core))
-        object.__setattr__(self, "process", f"{os.getpid():x}")
-        object.__setattr__(self, "log", log.bind())
+    __slots__ = ("door", "engine", "life", "lifecycle", "log", "observers", "process", "replies")
+
+    def __init__(
+        self,
+        engine: Engine,
+        door: Door,
+        observers: Sequence[Observer] = (),
+        life: str = "",
+        lifecycle: Lifecycle | None = None,
+    ) -> None:
+        self.engine = engine
+        self.door = door
+        self.observers = observers
+        # memory without a name goes with us
+        self.life = life or engine.core.life or uuid.uuid4().hex
+        self.lifecycle = lifecycle or Lifecycle()
+        self.replies = Replies(core=engine.core)
+        self.process = f"{os.getpid():x}"
+        self.log: Any = log.bind()
+
+    def behind(self, door: Door) -> Front:
+        """Return the same behind another door: once-only holds whichever way a client comes."""
+        other = copy.copy(self)
+        other.door = door
+        return other
 
 
 class Call:

@@ -12,16 +12,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import field
 
 import structlog
 from google.longrunning import operations_pb2
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
+from msgspec import Struct, field
 
 from rmem.v1 import job_pb2
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.migrate import Outcome, Report
@@ -53,8 +52,7 @@ log = structlog.get_logger("rmemd.jobs")
 Work = Callable[[Report, str], Message]
 
 
-@dataclass(frozen=True)
-class KeptJob:
+class KeptJob(Struct, frozen=True):
     """A job as a note: what it is, by which call it was started, and its operation at its end."""
 
     kind: str
@@ -63,8 +61,7 @@ class KeptJob:
     finished: bytes = b""
 
 
-@dataclass(eq=False)
-class Job:
+class Job(Struct, eq=False):
     """A long job: its report while it runs, its operation when it is over."""
 
     number: int

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import field
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
+
 from rmemd.errors import HANDING_OVER, INTERRUPTED, NO_KEEPER, RmemError
 
 
-@dataclass(frozen=True)
-class KeptBy:
+class KeptBy(Struct, frozen=True):
     """Who keeps the memory: "keeper" (whose process ``pid`` is), "service manager" or ""."""
 
     name: str = ""
     pid: int = 0
 
 
-@dataclass
-class Lifecycle:
+class Lifecycle(Struct):
     """The life of one daemon.
 
     Attributes:
@@ -35,17 +33,13 @@ class Lifecycle:
         handing_over: whether it does; then no call begins.
     """
 
-    kept_by: Callable[[], KeptBy] = field(default=KeptBy)
+    kept_by: Callable[[], KeptBy] = KeptBy
     starts_in_a_row: int = 1
-    make_way: Callable[[], None] = field(default=lambda: None)
+    make_way: Callable[[], None] = lambda: None
     handing_over: bool = False
     _calls: int = 0
     _waiting: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _idle: threading.Condition = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._idle = threading.Condition(self._lock)
+    _idle: threading.Condition = field(default_factory=threading.Condition)
 
     def begin(self, when_over: Callable[[Callable[[], None]], bool]) -> None:
         """Have a call begin.
@@ -56,7 +50,7 @@ class Lifecycle:
         Raises:
             Unavailable: HANDING_OVER.
         """
-        with self._lock:
+        with self._idle:
             if self.handing_over:
                 raise HANDING_OVER("the daemon makes way for its successor")
             self._calls += 1
@@ -65,19 +59,19 @@ class Lifecycle:
 
     def hand_over(self) -> None:
         """Let no call begin any more."""
-        with self._lock:
+        with self._idle:
             self.handing_over = True
 
     def wait_idle(self, seconds: float) -> bool:
         """Wait until the replies of all calls have left; return whether they have in time."""
-        with self._lock:
+        with self._idle:
             self._waiting += 1
             idle = self._idle.wait_for(lambda: not self._calls, seconds)
             self._waiting -= 1
             return idle
 
     def _end(self) -> None:
-        with self._lock:
+        with self._idle:
             self._calls -= 1
             if self._waiting and not self._calls:
                 self._idle.notify_all()

@@ -26,12 +26,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import field
 from hashlib import sha256
 
 import grpc
+from msgspec import Struct, field
 
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.errors import BAD_REQUEST, INTERRUPTED, REQUEST_ID_REUSED
 
@@ -58,8 +57,7 @@ def mutates(method: str) -> bool:
     return not method.startswith(READS)
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(Struct):
     """How a call ended: with a reply's bytes, or with a refusal's status."""
 
     reply: bytes = b""
@@ -73,8 +71,7 @@ class Answer:
         return sum(len(value) for _, value in self.status.trailing_metadata or ())
 
 
-@dataclass(frozen=True)
-class KeptReply:
+class KeptReply(Struct, frozen=True):
     """An answer as a note: of a call with these contents; its reply, or its refusal's status."""
 
     digest: bytes
@@ -100,11 +97,16 @@ class KeptReply:
         return Answer(status=_Status(_CODES[self.code], self.text, self.metadata))
 
 
-@dataclass(frozen=True)
 class _Status(grpc.Status):
-    code: grpc.StatusCode
-    details: str
-    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        trailing_metadata: tuple[tuple[str, str | bytes], ...],
+    ) -> None:
+        self.code = code
+        self.details = details
+        self.trailing_metadata = trailing_metadata
 
 
 class Refused(Exception):
@@ -115,8 +117,7 @@ class Refused(Exception):
         self.status = status
 
 
-@dataclass(eq=False, slots=True)
-class _Entry:
+class _Entry(Struct, eq=False):
     """One id: what was asked, and what was answered or who waits for that."""
 
     digest: bytes
@@ -130,8 +131,7 @@ class _Entry:
 _Number = tuple[int, str]
 
 
-@dataclass
-class _Kept:
+class _Kept(Struct):
     """One tenant's entries, by session and id, oldest end first; the bytes of their answers."""
 
     entries: OrderedDict[_Number, _Entry] = field(default_factory=OrderedDict)

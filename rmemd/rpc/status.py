@@ -6,7 +6,6 @@ also BadRequest, PreconditionFailure, RetryInfo or QuotaFailure, so that generic
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -16,6 +15,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+from msgspec.structs import replace
 
 from rmem.v1 import types_pb2
 from rmemd.errors import Holder, Kind, RmemError

@@ -13,8 +13,9 @@ import select
 import threading
 from pathlib import Path
 
+from msgspec import Struct
+
 from rmemd.access.callers import SOCKETED
-from rmemd.deferred import dataclass
 from rmemd.engine.core import Core
 from rmemd.errors import TOKEN_UNKNOWN, RmemError
 from rmemd.session.peer import Peer
@@ -24,8 +25,7 @@ PIDFD_PREFIX = "pidfd."
 PEERS = "peers"
 
 
-@dataclass(frozen=True)
-class Awaited:
+class Awaited(Struct, frozen=True):
     """A session whose client is expected; ``pidfd`` is the watcher's to close."""
 
     session: int

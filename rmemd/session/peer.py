@@ -12,15 +12,14 @@ import select
 import socket
 import struct
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
 
 # not in Python's socket module; Linux 6.5
 SO_PEERPIDFD = 77
 _UCRED = struct.Struct("=iII")
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(Struct, frozen=True):
     """A process. ``pidfd`` becomes readable when it ends; whoever has this closes it."""
 
     pid: int

@@ -11,7 +11,8 @@ import struct
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine.listeners import News, Revoked
 from rmemd.engine.pendingfaults import FAULT, Message
 from rmemd.units import PAGE_SHIFT
@@ -210,8 +211,7 @@ class Broken(Exception):
     """The datagram is none of ours; the message says why."""
 
 
-@dataclass(slots=True)
-class Frame:
+class Frame(Struct):
     """A datagram's header, and what follows it."""
 
     kind: int
@@ -232,16 +232,14 @@ class Frame:
         return bool(self.flags & _ONE_WAY)
 
 
-@dataclass(frozen=True)
-class Hello:
+class Hello(Struct, frozen=True):
     """The first datagram."""
 
     role: int
     ticket: bytes
 
 
-@dataclass(frozen=True)
-class Resume:
+class Resume(Struct, frozen=True):
     """What stands for the ticket where a session goes on that a daemon had before its restart."""
 
     session: int

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
-from rmemd.deferred import dataclass
 from rmemd.errors import HW_POISON
 from rmemd.hooks.tx import ByteOp, Tx
 from rmemd.hooks.types import KeySpec
@@ -30,8 +30,7 @@ _MULTIPLIERS = np.frombuffer(
 ) | np.uint64(1)
 
 
-@dataclass(frozen=True)
-class Contents:
+class Contents(Struct, frozen=True):
     """What frames hold from now on: columns of the host tables, by pfn."""
 
     pfns: I64

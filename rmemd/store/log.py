@@ -17,13 +17,13 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 from zlib import crc32
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
+
 from rmemd.store import codec
 from rmemd.store.codec import JournalUnreadable
 from rmemd.store.memfd import FALLOC_FL_KEEP_SIZE
@@ -50,8 +50,7 @@ def boot_id() -> bytes:
     return UUID(BOOT_ID.read_text().strip()).bytes
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """What a log holds: the longest valid prefix of its newest complete generation.
 
     Attributes:
@@ -65,7 +64,7 @@ class Found:
     generation: int
     checkpoint: int
     cut: int
-    _scan: _Scan = field(repr=False, compare=False)
+    _scan: _Scan
 
     @property
     def frames(self) -> Iterator[bytes]:
@@ -74,8 +73,7 @@ class Found:
             yield _read(self._scan.fd, at, length)
 
 
-@dataclass
-class _Scan:
+class _Scan(Struct):
     """The valid prefix of one memfd."""
 
     fd: int

@@ -7,9 +7,10 @@ code is its dtype. Classes, and arrays that come again, are written once per ``S
 by number after that. Equal values give equal bytes, whatever objects they are, and what is written
 is a copy, so that an array may change afterwards.
 
-A frozen dataclass or a member of an Enum is written by the names of its class and fields. Reading
-constructs it from the fields that its class still has, so that a field which came later takes its
-default, and one which is gone is left out. Nothing else is constructed, and nothing is executed.
+A frozen Struct or dataclass, or a member of an Enum, is written by the names of its class and
+fields. Reading constructs it from the fields that its class still has, so that a field which came
+later takes its default, and one which is gone is left out. Nothing else is constructed, and
+nothing is executed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-from msgspec import MsgspecError, msgpack
+from msgspec import MsgspecError, Struct, msgpack
 
 from rmemd.store import arrays
 
@@ -184,11 +185,24 @@ def _number_of(shaper: Shaper, cls: type, definition: str) -> int | str:
     return number
 
 
-def _dataclass_shape(cls: type) -> Callable[[Shaper, Any], Any]:
-    """Return what shapes instances of a frozen dataclass: its class, then its fields."""
-    if not cls.__dataclass_params__.frozen or "<locals>" in cls.__qualname__:  # type: ignore[attr-defined]
-        raise TypeError(f"{cls.__qualname__} is no frozen dataclass of a module")
-    names = tuple(field.name for field in fields(cls) if field.init)
+def _is_record(cls: type) -> bool:
+    return issubclass(cls, Struct) or is_dataclass(cls)
+
+
+def _field_names(cls: Any) -> tuple[str, ...]:
+    """Return the names of the fields that an instance is constructed from."""
+    if issubclass(cls, Struct):
+        names: tuple[str, ...] = cls.__struct_fields__
+        return names
+    return tuple(field.name for field in fields(cls) if field.init)
+
+
+def _record_shape(cls: Any) -> Callable[[Shaper, Any], Any]:
+    """Return what shapes instances of a frozen Struct or dataclass: its class, then its fields."""
+    made = cls.__struct_config__ if issubclass(cls, Struct) else cls.__dataclass_params__
+    if not made.frozen or "<locals>" in cls.__qualname__:
+        raise TypeError(f"{cls.__qualname__} is no frozen Struct or dataclass of a module")
+    names = _field_names(cls)
     get: Callable[[Any], tuple[Any, ...]] = (
         attrgetter(*names)
         # of one name, and of none, attrgetter makes no tuple
@@ -231,8 +245,8 @@ _SHAPES: dict[type, Callable[[Shaper, Any], Any]] = {
 def _shape_of(cls: type) -> Callable[[Shaper, Any], Any]:
     if issubclass(cls, Enum):
         shape = _enum_shape(cls)
-    elif is_dataclass(cls):
-        shape = _dataclass_shape(cls)
+    elif _is_record(cls):
+        shape = _record_shape(cls)
     elif issubclass(cls, np.generic):
         shape = _shape_scalar
     else:
@@ -314,7 +328,7 @@ def _class_named(module: str, name: str) -> type:
     """Return a class by the name that it was written under.
 
     Raises:
-        JournalUnreadable: it is gone, or no longer a dataclass or an Enum.
+        JournalUnreadable: it is gone, or no longer a Struct, a dataclass or an Enum.
     """
     try:
         found: Any = importlib.import_module(module)
@@ -322,15 +336,15 @@ def _class_named(module: str, name: str) -> type:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise JournalUnreadable(f"{module}:{name} is not there any more: {error}") from error
-    if not isinstance(found, type) or not (is_dataclass(found) or issubclass(found, Enum)):
-        raise JournalUnreadable(f"{module}:{name} is no longer a dataclass or an Enum")
+    if not isinstance(found, type) or not (_is_record(found) or issubclass(found, Enum)):
+        raise JournalUnreadable(f"{module}:{name} is no longer a Struct, a dataclass or an Enum")
     return found
 
 
 @lru_cache(maxsize=256)
 def _readable(cls: type, names: tuple[str, ...]) -> tuple[type, tuple[str | None, ...]]:
     """Return a class with those of the fields' names that it still has, the others None."""
-    known = {field.name for field in fields(cls) if field.init} if is_dataclass(cls) else set()
+    known = set(_field_names(cls)) if _is_record(cls) else set()
     return cls, tuple(name if name in known else None for name in names)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 FINDINGS_MAX = 20
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """A rule that a consumer broke: at which step of which seed, doing what, and how."""
 
     rule: str
@@ -23,8 +23,7 @@ class Finding:
         return f"[{self.rule}] step {self.step} ({self.op}), seed {self.seed}: {self.text}"
 
 
-@dataclass
-class Report:
+class Report(Struct):
     """What a run of the kit found.
 
     Attributes:

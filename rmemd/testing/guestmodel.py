@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Consumer
 from rmemd.engine.engine import Engine
@@ -43,8 +44,7 @@ class Holds(Enum):
     LOST = "lost"
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(Struct, frozen=True):
     """What is known of a page; ``seed`` makes its words, ``since`` says what happened to it."""
 
     holds: Holds

@@ -7,9 +7,10 @@ reopened is a copy of them, and the engine that was not killed goes on beside it
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from fcntl import F_ADD_SEALS, F_GET_SEALS, fcntl
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Options

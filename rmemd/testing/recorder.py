@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Consumer, Platform
 from rmemd.engine.core import Core
@@ -30,8 +31,7 @@ class Tripped(Exception):
     """What a hook raises when the kit breaks it; the engine makes a PluginFault of it."""
 
 
-@dataclass(frozen=True)
-class Bracket:
+class Bracket(Struct, frozen=True):
     """One invalidate_start or invalidate_end."""
 
     vm: int
@@ -116,7 +116,7 @@ class Recorder:
                 yield "brackets", f"vm/{vm} {why.value}: {begun} was started, {ended} was ended"
 
     def _wrapped(self, ops: Ops, vm: int) -> Ops:
-        there = [f.name for f in fields(ops) if getattr(ops, f.name) is not None]
+        there = [name for name in ops.__struct_fields__ if getattr(ops, name) is not None]
         wrapped: dict[str, Any] = {
             name: self._wrapper(name, getattr(ops, name), vm)
             for name in there

@@ -8,11 +8,12 @@ bytes, what the consumers say of their pages, and what the next operations come 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from rmemd.engine.calls import named as journalled
 from rmemd.engine.core import Core
@@ -120,8 +121,7 @@ def _shared(core: Core, number: int) -> bytes:
 
 
 # --- the same, asked of both ---------------------------------------------------------------------
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """What a call came to: a result, or what it raised; ``said`` is equal if they are."""
 
     said: bytes

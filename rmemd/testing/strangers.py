@@ -6,7 +6,8 @@ Owns the probe that the conformance kit makes at every swap. Whatever it does is
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Consumer
 from rmemd.engine.core import Core

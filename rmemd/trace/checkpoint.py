@@ -10,11 +10,11 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+from msgspec.structs import asdict, replace
 
 from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Core, Options

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.trace.explain import said
 from rmemd.trace.format import Asked, Trace, outcome_of
 from rmemd.trace.operations import text_of
@@ -21,8 +22,7 @@ from rmemd.trace.values import comparable
 HEADER = ("rmemd", "options", "linux_release", "plugins", "consumers")
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """One thing that differs.
 
     Attributes:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import field
 from typing import IO, Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
 
 NAME = "rmem-trace"
 VERSION = 1
@@ -30,8 +29,7 @@ def encode(line: Line) -> bytes:
     return json.dumps(line, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """An operation as it was asked for."""
 
     number: int
@@ -39,8 +37,7 @@ class Asked:
     args: dict[str, Any]
 
 
-@dataclass
-class Trace:
+class Trace(Struct):
     """A trace that was read.
 
     Attributes:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 
-from rmemd.deferred import dataclass
 from rmemd.engine import queries
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step
@@ -39,8 +39,7 @@ BRINGING = frozenset(("populate", "write_guest", "write_physical"))
 SURPLUS_MAX = 100_000
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(Struct, frozen=True):
     """What is to be other than it was recorded.
 
     Attributes:
@@ -70,8 +69,7 @@ class Changes:
         return replace(wanted, args=args)
 
 
-@dataclass(frozen=True)
-class Played:
+class Played(Struct, frozen=True):
     """An operation that was done again, or a state that was come to.
 
     Attributes:

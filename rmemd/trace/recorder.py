@@ -11,11 +11,12 @@ import secrets
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, field
 from functools import partial, wraps
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct, field
+from msgspec.structs import asdict
+
 from rmemd.engine.cancel import Cancelled, never
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps
@@ -37,8 +38,7 @@ LIMIT_BYTES = 64 << 20
 DRAIN = "drain"
 
 
-@dataclass(eq=False)
-class _Entry:
+class _Entry(Struct, eq=False):
     """One operation while it is recorded."""
 
     method: str

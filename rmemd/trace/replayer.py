@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.trace.explain import explain
 from rmemd.trace.format import STATE, Asked, Outcome, Trace, outcome_of
 from rmemd.trace.player import Changes, Played, Player
@@ -21,8 +22,7 @@ from rmemd.trace.values import comparable
 TOLD = ("reason", "errno", "page", "progress_pages")
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(Struct, frozen=True):
     """Where a replay went another way.
 
     Attributes:
@@ -39,8 +39,7 @@ class Divergence:
     text: str
 
 
-@dataclass(frozen=True)
-class Replayed:
+class Replayed(Struct, frozen=True):
     """What a replay came to.
 
     Attributes:

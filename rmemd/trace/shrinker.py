@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from rmemd.deferred import dataclass
+from msgspec import Struct
+
 from rmemd.engine import invariants
 from rmemd.engine.stepwise import DeadlockError
 from rmemd.trace.format import Outcome, Trace, TraceError
@@ -22,8 +23,7 @@ from rmemd.trace.replayer import loosely
 Shows = Callable[[Trace], bool]
 
 
-@dataclass(frozen=True)
-class Shrunk:
+class Shrunk(Struct, frozen=True):
     """What is left of a trace, and how many times it was done again to find that."""
 
     trace: Trace

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from rmemd.hooks.tables import CHUNK, Dense, Space, Sparse, Table
 from rmemd.hooks.tx import Tx
@@ -115,10 +116,10 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, frozenset | set):
         return sorted(map(str, value))
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Struct):
         # a programme is long, is written at every step, and was said when it was given
         return [
             type(value).__name__,
-            *(_plain(getattr(value, f.name)) for f in fields(value) if f.name != "programme"),
+            *(_plain(one) for name, one in asdict(value).items() if name != "programme"),
         ]
     return np.asarray(value).tolist() if isinstance(value, np.ndarray) else type(value).__name__

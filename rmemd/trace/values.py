@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from rmemd.engine.migrate import Moved, Outcome
 from rmemd.engine.programme import Instruction, Opcode, Pattern
@@ -157,7 +157,7 @@ def _object(value: Any, digests: Digests) -> Any:
     if isinstance(value, Moved) and value.outcome is not Outcome.MOVED:
         # nowhere
         return {**_fields(value, digests), "dst": []}
-    if is_dataclass(value):
+    if isinstance(value, Struct):
         return _fields(value, digests)
     return type(value).__name__
 
@@ -166,9 +166,9 @@ def _fields(value: Any, digests: Digests) -> dict[str, Any]:
     # a programme was said when it was given
     left_out = {"programme"} if isinstance(value, Vcpu) else MEASURES
     return {
-        field.name: plain(one, digests)
-        for field in fields(value)
-        if field.name not in left_out and not callable(one := getattr(value, field.name))
+        name: plain(one, digests)
+        for name in value.__struct_fields__
+        if name not in left_out and not callable(one := getattr(value, name))
     }
 
 

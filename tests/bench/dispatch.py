@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pluggy
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Options

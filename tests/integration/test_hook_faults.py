@@ -9,12 +9,13 @@ shows that it was the op that failed and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 from guests import ACCEPTS, Guest, consumers, make_engine
+from msgspec.structs import replace
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from guests import Guest, consumers, make_engine
+from msgspec.structs import replace
 
 from rmemd.engine import swap
 from rmemd.engine.driver import Step

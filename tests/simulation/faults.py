@@ -10,8 +10,10 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import DEADLINE_SECONDS, Consumer
 from rmemd.store.system import System
@@ -119,7 +121,7 @@ class FaultyConsumers:
 
     def watch(self, consumer: Consumer) -> None:
         """Come between the engine and a consumer; for ``registry.made``."""
-        ops = {one.name: getattr(consumer.ops, one.name) for one in fields(consumer.ops)}
+        ops = {name: getattr(consumer.ops, name) for name in consumer.ops.__struct_fields__}
         between = {
             name: self._between(op)
             for name, op in ops.items()

@@ -11,11 +11,11 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from errno import EIO, ENOMEM, ENOSPC
 from typing import Any
 
 from keeping import Kept
+from msgspec.structs import replace
 from oracle import runs as oracle_runs
 from oracle.driver import NFRAMES, DifferenceError, World
 from oracle.hands import perform

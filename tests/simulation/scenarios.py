@@ -8,11 +8,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from guests import Guest
+from msgspec.structs import replace
 
 from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Options

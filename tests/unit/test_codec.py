@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import Struct
 
 from rmemd.hooks.types import KeySpec
 from rmemd.hooks.writes import TableSpec, Write
@@ -59,6 +60,15 @@ class Nothing:
     pass
 
 
+class Pair(Struct, frozen=True):
+    left: Inner
+    right: tuple[Inner, ...] = ()
+
+
+class Empty(Struct, frozen=True):
+    pass
+
+
 def same(one: Any, other: Any) -> bool:
     """Equal, and of the same types all the way down."""
     if type(one) is not type(other):
@@ -85,6 +95,7 @@ VALUES = [
     frozenset(), frozenset({1, 2, 300}), frozenset({"a", b"a", (1, "z")}),
     Colour.RED, Colour.BLUE, Level.HIGH, Use.POISONED, [Level.LOW, Level.LOW, Colour.RED],
     Inner("a", Level.LOW), Outer(Inner("a", Level.LOW), (Inner("b", Level.HIGH),)), Nothing(),
+    Pair(Inner("a", Level.LOW)), Pair(Inner("a", Level.LOW), (Inner("b", Level.HIGH),)), Empty(),
     KeySpec(3, "vm/1", integrity=True), Entry("vm/1", "secure EPT", True), Vcpu(0),
     Binding(0, 16, 1, 2, 0x100), Slot(0, 4, 0, 16, 1, 0), FileInfo(1, 1, 16, 3, True),
     VmInfo(1, "", "tdx", "tdx", True, False, 0, config={"a": "b"}, measurement=b"\x01" * 48),
@@ -284,6 +295,10 @@ class Thawed:
     name: str
 
 
+class ThawedStruct(Struct):
+    name: str
+
+
 class Marks(Flag):
     ONE = 1
     TWO = 2
@@ -308,8 +323,8 @@ def local_dataclass() -> Any:
 
 @pytest.mark.parametrize(
     "value",
-    [object(), {1}, bytearray(b"a"), Thawed("a"), Text("a"), print, int, 1j, local_dataclass(),
-     np.zeros((2, 2)), np.array(["a"]), np.array([object()]), np.datetime64("2020-01-01"),
+    [object(), {1}, bytearray(b"a"), Thawed("a"), ThawedStruct("a"), Text("a"), print, int, 1j,
+     local_dataclass(), np.zeros((2, 2)), np.array(["a"]), np.array([object()]), np.datetime64("2020-01-01"),
      Holding(object()), Marks.ONE | Marks.TWO],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip

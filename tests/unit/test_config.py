@@ -464,7 +464,7 @@ def test_it_agrees_with_those_it_may_not_import() -> None:
     assert set(get_args(get_args(keys()["daemon.log_level"].hint)[0])) == set(LEVELS)
     assert TenantLimits().frames == UNLIMITED
     assert LOOPBACK_TENANT == INSECURE_TENANT
-    assert set(TenantLimits.__struct_fields__) == set(Limits.__dataclass_fields__)
+    assert set(TenantLimits.__struct_fields__) == set(Limits.__struct_fields__)
 
 
 def _rows() -> Iterator[tuple[str, list[str]]]:

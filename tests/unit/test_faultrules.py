@@ -6,13 +6,13 @@ import importlib
 import math
 import re
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import Guest, halted, make_guest, touch, write
+from msgspec.structs import replace
 
 from rmemd.engine import faultpoints
 from rmemd.engine.engine import Engine
@@ -152,7 +152,9 @@ def named_steps() -> set[str]:
     """Return the names of the engine's steps at which the lock is let go without a wait."""
     found = set()
     for path in ENGINE.glob("*.py"):
-        for name, rest in re.findall(r"\bStep\((\w+|\"[^\"]+\")([^\n]*)", path.read_text()):
+        for name, rest in re.findall(
+            r"(?<!class )\bStep\((\w+|\"[^\"]+\")([^\n]*)", path.read_text()
+        ):
             if "wait=True" not in rest and "wait=True" not in name:
                 constant = name.strip('"') if name[0] == '"' else None
                 module = importlib.import_module(f"rmemd.engine.{path.stem}")
@@ -169,7 +171,7 @@ def test_points_are_derived_from_the_ops_table_and_the_plugins(engine: Engine) -
     names = [point.name for point in points]
     assert len(set(names)) == len(names)
     ops = [point for point in points if point.sort is Sort.OP]
-    every = list(NotifierOps.__dataclass_fields__)
+    every = list(NotifierOps.__struct_fields__)
     # these have no transaction, and so no passage
     passed = [name for name in every if name not in ("page_state", "resume")]
     assert [op.name for op in ops] == passed

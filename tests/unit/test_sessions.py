@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 from helpers import MakeEngine, make_guest, refusal
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rmemd.engine.engine import Engine
 from rmemd.engine.invariants import check
