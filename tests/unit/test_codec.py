@@ -324,8 +324,8 @@ def local_dataclass() -> Any:
 @pytest.mark.parametrize(
     "value",
     [object(), {1}, bytearray(b"a"), Thawed("a"), ThawedStruct("a"), Text("a"), print, int, 1j,
-     local_dataclass(), np.zeros((2, 2)), np.array(["a"]), np.array([object()]), np.datetime64("2020-01-01"),
-     Holding(object()), Marks.ONE | Marks.TWO],
+     local_dataclass(), np.zeros((2, 2)), np.array(["a"]), np.array([object()]),
+     np.datetime64("2020-01-01"), Holding(object()), Marks.ONE | Marks.TWO],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_what_is_not_plain_is_refused_when_written(value: Any) -> None:
