@@ -39,6 +39,8 @@ from rmemd.units import I64, U8
 DEADLINE_SECONDS = 2.0
 # what a plugin may raise; the rest ends the daemon's thread
 CAUGHT = (Exception, SystemExit, GeneratorExit)
+# an argument that an op does not have
+_NONE = object()
 
 
 class Passages(Protocol):
@@ -70,7 +72,8 @@ class Guard(Struct):
         report: told of a plugin's fault with its traceback at hand; the daemon logs it.
         watch: told of each hook that agreed in a transaction: (tx, vm, op, its arguments, answer).
         passages: of the points that a fault rule can strike at; the engine's, once it is there.
-        calls, overdue_calls: hooks called, and those that took too long, since the start.
+        other_calls: hooks called since the start that are no passages.
+        overdue_calls: hooks that took too long, since the start.
     """
 
     clock: Callable[[], float]
@@ -79,8 +82,14 @@ class Guard(Struct):
     report: Callable[[str, BaseException], None] = lambda where, error: None
     watch: Callable[[Tx, int, str, tuple[Any, ...], Any], None] | None = None
     passages: Passages = field(default_factory=_Unruled)
-    calls: int = 0
+    other_calls: int = 0
     overdue_calls: int = 0
+
+    @property
+    def calls(self) -> int:
+        """Return how many hooks were called since the start, or failed instead by a rule."""
+        passed = self.passages.passed
+        return self.other_calls + sum(passed.get(op, 0) for op in _ANSWERS)
 
     def call(self, vm: int, where: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a hook.
@@ -98,7 +107,7 @@ class Guard(Struct):
             raise self.failed(where, error) from error
         finally:
             took = self.clock() - begun
-            self.calls += 1
+            self.other_calls += 1
             if took > self.deadline_seconds:
                 self.is_overdue(vm, where, took)
 
@@ -178,11 +187,14 @@ class Consumer:
             op: (getattr(ops, op), f"{self.name}.{op}", check) for op, check in _ANSWERS.items()
         }
 
-    def call(self, tx: Tx, op: str, *args: Any) -> Any:
-        """Call an op that is not NULL, and check its answer.
+    def call(
+        self, tx: Tx, op: str, a: Any = _NONE, b: Any = _NONE, c: Any = _NONE, d: Any = _NONE
+    ) -> Any:
+        """Call an op that is not NULL with its arguments, and check its answer.
 
-        The guard's own ``call`` is written out here: this is called a few times for every
-        operation, and each Python call costs as much as a hook that does nothing.
+        This is called a few times for every operation, and each Python call costs as much as a
+        hook that does nothing: so what ``Guard.call`` and ``Tx.hook`` do is written out here, and
+        one argument, which most ops have, is neither packed nor unpacked.
 
         Raises:
             RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
@@ -196,26 +208,26 @@ class Consumer:
             raise _injected(where, injected)
         hook_tx = tx.views.get(self)
         if hook_tx is None:
-            hook_tx = HookTx(tx, self._prefixes, self.vm, self._services)
-            tx.views[self] = hook_tx
-        tx.hook(where)
-        guard.calls += 1
-        clock = guard.clock
-        begun = clock()
+            hook_tx = tx.views[self] = HookTx(tx, self._prefixes, self.vm, self._services)
+        tx.hooks.append((len(tx.redo), len(tx.events), where))
+        begun = guard.clock()
         try:
-            answer = function(hook_tx, *args)
+            if b is _NONE and a is not _NONE:
+                answer = function(hook_tx, a)
+            else:
+                answer = function(hook_tx, *_given(a, b, c, d))
         except Held:
             raise
         except CAUGHT as error:
             raise guard.failed(where, error) from error
         finally:
-            took = clock() - begun
+            took = guard.clock() - begun
             if took > guard.deadline_seconds:
                 guard.is_overdue(self.vm, where, took)
-        if answer is not None if check is None else not _sound(check, answer, args):
+        if answer is not check and not _sound(check, answer, _given(a, b, c, d)):
             raise _nonsense(where, answer)
         if guard.watch is not None:
-            guard.watch(tx, self.vm, op, args, answer)
+            guard.watch(tx, self.vm, op, _given(a, b, c, d), answer)
         return answer
 
     def page_state(self, gfns: Any, pfns: Any) -> PageStates | None:
@@ -260,6 +272,11 @@ class Consumer:
         return answer
 
 
+def _given(*args: Any) -> tuple[Any, ...]:
+    """Return the arguments that are there."""
+    return tuple(arg for arg in args if arg is not _NONE)
+
+
 def _absent() -> None:
     """Answer nonsense for a hook that is not there."""
 
@@ -273,10 +290,10 @@ def _nonsense(where: str, answer: Any) -> RmemError:
     return PLUGIN_NONSENSE(f"{where} answered {type(answer).__name__}", where=where)
 
 
-def _sound(check: Callable[[Any, Any], bool], answer: Any, args: Any) -> bool:
+def _sound(check: Callable[[Any, Any], bool] | None, answer: Any, args: Any) -> bool:
     """Return whether an answer is within the contract; one that cannot even be read is not."""
     try:
-        return check(answer, args)
+        return answer is None if check is None else check(answer, args)
     except Exception:
         return False
 

@@ -34,18 +34,17 @@ class HookServices(Protocol):
         """Return what a fault rule says should go wrong at ``point`` now, "" for nothing."""
 
 
-class HookTx:
+class HookTx(Struct, eq=False, frozen=True):
     """The transaction as a hook sees it: its own tables, its keys, named bytes, a kick.
 
     A hook that writes a table of somebody else raises ``PermissionError``, which the engine
     reports as a fault of the plugin.
     """
 
-    def __init__(self, tx: Tx, prefixes: tuple[str, ...], vm: int, services: HookServices) -> None:
-        self._tx = tx
-        self._prefixes = prefixes
-        self._vm = vm
-        self._services = services
+    _tx: Tx
+    _prefixes: tuple[str, ...]
+    _vm: int
+    _services: HookServices
 
     def fill(self, table: Dense | Sparse, start: int, n: int, value: int) -> None:
         """Set ``n`` entries from ``start`` to one value."""

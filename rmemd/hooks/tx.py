@@ -79,6 +79,7 @@ class Tx:
         freed: frames whose bytes are to be destroyed once the record is written.
         events: what watchers are told on commit.
         in_place: (frames, sums of their bytes) of writes in place, which follow the record.
+        hooks: (writes, events) before each hook that was called, and its name.
         written: frames that nobody owns yet and that byte movements may have reached.
         reopening: whether a table that is there is handed back instead of made: the state was
             read from a journal.
@@ -99,16 +100,16 @@ class Tx:
         self.views: dict[object, Any] = {}
         self._undo: list[Write] = []
         self._again: list[Write] = []
-        self._hooks: list[tuple[int, int, str]] = []
+        self.hooks: list[tuple[int, int, str]] = []
 
     def hook(self, where: str) -> None:
         """Know that a hook ("tdx-today(vm/1).map") is called now; what follows is its doing."""
-        self._hooks.append((len(self.redo), len(self.events), where))
+        self.hooks.append((len(self.redo), len(self.events), where))
 
     def hook_of(self, writes: int, events: int) -> str:
         """Return which hook was called last before so many writes and events, "" if none was."""
         return next(
-            (where for w, e, where in reversed(self._hooks) if w <= writes and e <= events), ""
+            (where for w, e, where in reversed(self.hooks) if w <= writes and e <= events), ""
         )
 
     # --- writes ------------------------------------------------------------------------------

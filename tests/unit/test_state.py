@@ -38,7 +38,7 @@ def tx() -> Tx:
 
 
 def hook_tx(tx: Tx, vm: int) -> HookTx:
-    return HookTx(tx, (f"vm/{vm}/toy/",), vm, services=None)  # type: ignore[arg-type]
+    return HookTx(tx, (f"vm/{vm}/toy/",), vm, None)  # type: ignore[arg-type]
 
 
 def filled(tx: Tx, vm: int = 1) -> tuple[Any, Any]:
