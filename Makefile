@@ -23,7 +23,7 @@ define quietly
 @printf '%-14s' '$(1)'; out=$$($(2) 2>&1) || { status=$$?; echo FAILED; printf '%s\n' "$$out"; exit $$status; }; echo ok
 endef
 
-.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench mutants linearizability oracle sim explore journal crash deaths client protos protos-baseline man lock clean
+.PHONY: setup demo test check check-style check-types check-imports check-protos check-client bench publish mutants linearizability oracle sim explore journal crash deaths client protos protos-baseline man lock clean
 
 # the virtual environment: locked packages, then our own distributions, editable
 setup: $(READY)
@@ -80,6 +80,10 @@ check-client: $(READY)
 # figures as ratios beside floors and peers, into build/bench.jsonl: make bench ARGS='--only session'
 bench: $(READY)
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+# put what the last whole `make bench` found into docs/performance.md
+publish: $(READY)
+	@$(BIN)/python -m tests.bench.publish
 
 # concurrent histories of a daemon by both doors, decided, with wrong replies planted: RMEMD_HISTORIES=10000
 linearizability: $(READY)

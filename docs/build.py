@@ -309,6 +309,36 @@ def trace_operations_section() -> str:
     return "\n".join(lines)
 
 
+# --- performance.md ------------------------------------------------------------------------------
+def figures_section() -> str:
+    """Return every figure of the published run: those that have a bar, then those that have not."""
+    figures = [json.loads(line) for line in (DOCS / "bench.jsonl").read_text().splitlines()]
+    with_bar = [one for one in figures if one["bar"] is not None]
+    lines = ["", "| goal | ratio | least to most | bar | holds |", "|---|---|---|---|---|"]
+    for one in with_bar:
+        sign = "≥" if one["unit"].endswith("/s") else "≤"
+        lines.append(
+            f"| {cell(one['goal'])} | {_ratio(one)} | {_spread(one)} "
+            f"| {sign} {one['bar']:.3g} | {'yes' if one['holds'] else '**no**'} |"
+        )
+    lines += ["", "Without a bar, beside the same floors:", ""]
+    lines += ["| figure | ratio | least to most |", "|---|---|---|"]
+    lines += [
+        f"| {cell(one['goal'])} | {_ratio(one)} | {_spread(one)} |"
+        for one in figures
+        if one["bar"] is None
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(figure: dict[str, float]) -> str:
+    return f"{figure['ratio_median']:.3g}"
+
+
+def _spread(figure: dict[str, float]) -> str:
+    return f"{figure['ratio_min']:.3g} to {figure['ratio_max']:.3g}"
+
+
 # --- writing -------------------------------------------------------------------------------------
 def makers() -> dict[str, Callable[[], str]]:
     """Return what makes each section, by its name."""
@@ -324,6 +354,7 @@ def makers() -> dict[str, Callable[[], str]]:
         "trace-example": trace_section,
         "trace-replay": replay_section,
         "trace-operations": trace_operations_section,
+        "figures": figures_section,
     }
     for cls in ("ConsumerSpec", "PlatformSpec"):
         section = signature_section(cls)

@@ -7,10 +7,9 @@ numbers; which one a value is, its name says.
 
 from __future__ import annotations
 
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
@@ -24,6 +23,9 @@ LOFF_MAX = (1 << 63) - 1
 Gfn = NewType("Gfn", int)
 Pfn = NewType("Pfn", int)
 Pgoff = NewType("Pgoff", int)
+Scalar = TypeVar("Scalar", bound=np.generic)
+# what ``numpy.typing`` calls so, without the thirtieth part of a start that importing it takes
+NDArray = np.ndarray[tuple[Any, ...], np.dtype[Scalar]]
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 U32 = NDArray[np.uint32]

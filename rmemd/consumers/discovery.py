@@ -12,7 +12,14 @@ import site
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import Distribution, EntryPoint, MetadataPathFinder, entry_points
+from importlib.metadata import (
+    Distribution,
+    EntryPoint,
+    MetadataPathFinder,
+    PackageNotFoundError,
+    distributions,
+)
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +47,22 @@ def installed() -> list[EntryPoint]:
     # which does not reach the distributions before Python 3.12; an instance, since the method of
     # 3.11 is not the class method that it looks like
     MetadataPathFinder().invalidate_caches()
-    return sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name)
+    # the first of a name hides the others, as ``entry_points`` has it, by the name that it takes
+    name_of = attrgetter("_normalized_name")
+    first = {name_of(one): one for one in reversed([*_distributions()])}
+    points = (point for one in first.values() for point in one.entry_points)
+    return sorted((one for one in points if one.group == ENTRY_POINTS), key=attrgetter("name"))
+
+
+def version_of(name: str) -> str:
+    """Return the version of the distribution of this name.
+
+    Raises:
+        PackageNotFoundError: none is installed.
+    """
+    for one in _distributions(name):
+        return release_of(one)[1]
+    raise PackageNotFoundError(name)
 
 
 def release_of(distribution: Distribution) -> tuple[str, str]:
@@ -103,11 +125,17 @@ def _noting_reasons(packages: frozenset[str]) -> Iterator[None]:
             _declared.setdefault(package, set()).update(REASONS.keys() - before)
 
 
+def _distributions(name: str | None = None) -> Iterable[Distribution]:
+    # a path that is not there, as the interpreter's own archive, would be looked into as a zip file
+    return distributions(name=name, path=[one for one in sys.path if Path(one).exists()])
+
+
 def _read_new_paths() -> None:
     """Honour the .pth files that came since the start (an editable install is one), each once."""
-    for directory, name, _ in sorted(_path_files() - _known_path_files):
+    found = _path_files()
+    for directory, name, _ in sorted(found - _known_path_files):
         site.addpackage(directory, name, None)
-    _known_path_files.update(_path_files())
+    _known_path_files.update(found)
 
 
 def _path_files() -> set[tuple[str, str, int]]:

@@ -17,13 +17,13 @@ import threading
 import time
 import uuid
 from functools import partial
-from importlib.metadata import distribution
+from typing import TYPE_CHECKING
 
 import structlog
 from msgspec.structs import asdict
 
 from rmemd.access.callers import Access, policy_of
-from rmemd.consumers.discovery import release_of
+from rmemd.consumers.discovery import version_of
 from rmemd.consumers.guard import Guard
 from rmemd.daemon import logs
 from rmemd.daemon.config import Config, DaemonSection, TenantLimits
@@ -34,7 +34,6 @@ from rmemd.daemon.reload import read_anew
 from rmemd.daemon.selfcheck import SelfCheck
 from rmemd.daemon.sockets import SocketDir, announce, notify
 from rmemd.daemon.starts import Starts
-from rmemd.daemon.tcp import TcpServer
 from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
 from rmemd.engine.quotas import Limits
@@ -48,6 +47,9 @@ from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
 from rmemd.session.server import SessionServer
 from rmemd.store.helper import told
 from rmemd.units import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from rmemd.daemon.tcp import TcpServer
 
 DRAIN_SECONDS = 5.0
 # told to the main thread by a byte, where signals tell their numbers
@@ -107,7 +109,7 @@ class Daemon:
         self.engine.core.pause = partial(_pause, self._draining)
         self.self_check = SelfCheck(self.engine)
         self.access = Access(self.engine, clock=time.monotonic)
-        _, release = release_of(distribution("rmemd"))
+        release = version_of("rmemd")
         self.observers = Observers(config, self.engine, release)
         self._put_in_force(config)
         self.lifecycle = Lifecycle(
@@ -131,6 +133,9 @@ class Daemon:
         self.rpc = RpcServer(front, self.services, UNIX_OPTIONS, reflect=True)
         self.tcp: TcpServer | None = None
         if config.tcp.listen:
+            # as few daemons do, and none that is on its own
+            from rmemd.daemon.tcp import TcpServer
+
             self.tcp = TcpServer(config.tcp, self.access, front, self.services)
 
     @property

@@ -13,12 +13,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import click
+from rmemd.daemon.lean import lean
 
-from rmemd.daemon.tracecli import trace
+with lean():
+    from pathlib import Path
+
+    import click
+
+    from rmemd.daemon.tracecli import trace
 
 if TYPE_CHECKING:
     from rmemd.daemon.app import Daemon
@@ -106,11 +110,12 @@ def serve(file: Path | None, sets: tuple[str, ...], ready_fd: int | None, **opti
     This process becomes a small keeper, which starts the daemon again should it die, with all of
     guests' memory; see docs/operating.md.
     """
-    # Start-up only adds objects, and all of them stay: nothing to collect now, nor to go over later
+    # what a start makes stays: nothing to collect now, nor to go over later
     gc.disable()
     # imported where they are needed, so that --help is answered without NumPy and gRPC
-    from rmemd.daemon import logs
-    from rmemd.daemon.configload import Sources
+    with lean():
+        from rmemd.daemon import logs
+        from rmemd.daemon.configload import Sources
 
     sources = Sources(file, sets, _overrides(options))
     loaded = _load(sources)
@@ -185,8 +190,6 @@ def _started(loaded: Loaded, sources: Sources, ready_fd: int | None, kept: Kept)
     from rmemd.daemon.switches import set_switches
 
     set_switches(os.environ)
-    from rmemd.daemon.lean import lean
-
     with lean():
         from rmemd.daemon.app import Daemon
     from rmemd.daemon.kept import OWN

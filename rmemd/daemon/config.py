@@ -5,7 +5,7 @@ means is said once, beside it, and shown by ``rmemd config dump|schema`` and doc
 Reads no file: that is ``configload``. Cheap to import, as ``rmemd --help`` has to be: no NumPy.
 """
 
-from __future__ import annotations
+# without postponed annotations: a start would compile each of them from its text
 
 import re
 from collections.abc import Callable, Iterator
@@ -363,12 +363,11 @@ def keys() -> MappingProxyType[str, Key]:
     """Return every key by its spelling; those of a tenant's table are [limits]'s."""
     found = {}
     for section, cls in sections().items():
-        hints = get_type_hints(cls, include_extras=True)
         for one in fields(cls):
-            hint = hints[one.name]
-            meta = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Meta)), None)
+            metadata = getattr(one.type, "__metadata__", ())
+            meta = next((m for m in metadata if isinstance(m, Meta)), None)
             if meta is not None:
                 default = one.default_factory() if callable(one.default_factory) else one.default
                 spelt = one.encode_name
-                found[f"{section}.{spelt}"] = Key(section, spelt, one.name, hint, meta, default)
+                found[f"{section}.{spelt}"] = Key(section, spelt, one.name, one.type, meta, default)
     return MappingProxyType(found)

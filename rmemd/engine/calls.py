@@ -84,7 +84,8 @@ class Calls:
 
     def is_known(self, run: Run) -> bool:
         """Return whether a run was made before the daemon died, and came to something."""
-        return self._notes.get(RESULTS, run) is not None
+        # of a call that begins there is nothing
+        return run[0] in self._by_call and self._notes.get(RESULTS, run) is not None
 
     def known(self, run: Run) -> tuple[Any, int]:
         """Return what a run that is known came to the first time, and at which revision."""

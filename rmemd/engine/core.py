@@ -111,7 +111,7 @@ class Core(Driver):
         self.life = opened.life
         self.options = options = replace(options, **opened.facts)
         self.journal = Journal(opened.log, opened.header, options.kept_records)
-        self.notes = Notes(self.journal, self._changed)
+        self.notes = Notes(self.journal, self._lock)
         self.calls = Calls(self.notes)
         self.answered = Answered()
         self.read_back = reopen.read(opened, self.space, self.journal, self.notes)

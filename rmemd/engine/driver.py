@@ -152,7 +152,7 @@ class Driver:
 
     def settle(self, act: Callable[[], T]) -> T:
         """Do something short under the lock, and no steps, once for a call that is repeated."""
-        with self._changed:
+        with self._lock:
             run = self.calls.next_run()
             if run is not None and self.calls.is_known(run):
                 return cast("T", self._as_before(run))
@@ -165,7 +165,7 @@ class Driver:
 
     def drain(self, call: Call[T]) -> T:
         """Run an operation to its end in the calling thread: what ``drive`` is by default."""
-        with self._changed:
+        with self._lock:
             before = self.waits.current
             mine = self.waits.begin(call.who, call.made_by)
             if self.tracer is not None:
@@ -252,12 +252,12 @@ class Driver:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock, for who advances an operation step by step."""
-        with self._changed:
+        with self._lock:
             yield
 
     def wake(self) -> None:
         """Have everybody who waits look again."""
-        with self._changed:
+        with self._lock:
             self.wake_waiting()
 
     def is_locked(self) -> bool:
@@ -352,6 +352,8 @@ class Driver:
 
     def _perform(self, tx: Tx) -> list[Contents]:
         """Do the byte work that a transaction has named and that is not done yet."""
+        if not tx.byte_ops:
+            return []
         if self.watch is not None:
             self.watch.moving(tx)
         tx.written += [op.pfns for op in tx.byte_ops if op.kind in MOVING]

@@ -8,48 +8,46 @@ be given the interpreter, loses that race again and again.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 
 class FairLock:
-    """Who waits holds the turn; whoever comes next, the last owner too, waits for the turn."""
+    """Who waits holds the turn; whoever comes next, the last owner too, waits for the turn.
+
+    Attributes:
+        release: lets the lock go, once.
+        is_owned: returns whether the calling thread has the lock.
+    """
 
     def __init__(self) -> None:
         self._turn = threading.Lock()
         # of RLock, Condition needs methods that the published types lack
-        self._lock: Any = threading.RLock()
+        lock: Any = threading.RLock()
+        self._lock = lock
+        self.release: Callable[[], None] = lock.release
+        self.is_owned: Callable[[], bool] = lock._is_owned
+        # what else Condition asks of a reentrant lock
+        self._is_owned = lock._is_owned
+        self._release_save = lock._release_save
 
     def acquire(self) -> bool:
         """Take the lock, once more if it is ours."""
-        if self._lock._is_owned():
-            taken: bool = self._lock.acquire()
-            return taken
+        taken: bool
+        if self.is_owned() or not self._turn.locked():
+            # where nobody waits there is no turn to wait for
+            taken = self._lock.acquire(False)
+            if taken:
+                return True
         with self._turn:
             taken = self._lock.acquire()
             return taken
 
-    def release(self) -> None:
-        """Let the lock go, once."""
-        self._lock.release()
-
-    def is_owned(self) -> bool:
-        """Return whether the calling thread has the lock."""
-        owned: bool = self._lock._is_owned()
-        return owned
-
-    def __enter__(self) -> bool:
-        return self.acquire()
+    __enter__ = acquire
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    # --- what Condition asks of a reentrant lock ---------------------------------------------
-    def _release_save(self) -> Any:
-        return self._lock._release_save()
-
     def _acquire_restore(self, state: Any) -> None:
         with self._turn:
             self._lock._acquire_restore(state)
-
-    def _is_owned(self) -> bool:
-        return self.is_owned()

@@ -30,11 +30,11 @@ def find(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool) -
     """
     table = file.half(private)
     pfns = np.asarray(table.get(pgoffs), dtype=np.int64) - 1
-    holes = pgoffs[pfns < 0]
-    if holes.size:
-        pfns[pfns < 0] = allocate(core, tx, file, holes, private)
+    holes = pfns < 0
+    if np.count_nonzero(holes):
+        pfns[holes] = allocate(core, tx, file, pgoffs[holes], private)
     poisoned = core.host.poisoned(pfns)
-    if poisoned.any():
+    if np.count_nonzero(poisoned):
         refuse_poisoned(file, pgoffs[poisoned], pfns[poisoned])
     return pfns
 

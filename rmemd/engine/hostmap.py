@@ -143,13 +143,13 @@ def touch(
                 rule="restrictedmem.md §2: host fault",
             )  # fmt: skip
     found: I64 = np.asarray(file.half(private=False).get(wanted), dtype=np.int64) - 1
-    there = found[found >= 0]
-    poisoned = core.host.poisoned(there)
-    if poisoned.any():
-        at = np.flatnonzero(found >= 0)[poisoned]
+    there = found >= 0
+    poisoned = core.host.poisoned(found[there])
+    if np.count_nonzero(poisoned):
+        at = np.flatnonzero(there)[poisoned]
         frames.refuse_poisoned(file, wanted[at], found[at])
-    if there.size < npages:
-        holes = wanted[found < 0]
+    if np.count_nonzero(there) < npages:
+        holes = wanted[~there]
         userfault.require_present(
             core, file, holes, private=False, write=write,
             unchanged=lambda: not file.info.in_place or not _private_pages(file, wanted).size,
@@ -157,7 +157,7 @@ def touch(
         with core.tx("host fault") as tx:
             pfns = frames.allocate(core, tx, file, holes, private=False)
             settle(core, tx, file, holes, pfns)
-        found[found < 0] = pfns
+        found[~there] = pfns
     return file, found
 
 

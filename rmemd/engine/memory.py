@@ -334,14 +334,15 @@ def set_policy(
         raise BAD_NODE(f"no node {unknown[0]}", field="nodes")
     with core.tx("set policy") as tx:
         wanted = Policy(policy, tuple(sorted(set(nodes))))
-        known = dict(file.policies.items())
+        numbers, policies = core.files.policies(tx, file)
+        known = dict(policies.items())
         index = 0
         if policy != MPOL_DEFAULT:
             index = next((i for i, p in known.items() if p == wanted), len(known) + 1)
             if index > 255:
                 raise BAD_REQUEST("a file has at most 255 different policies", field="policy")
-            tx.set(file.policies, index, wanted)
-        tx.fill(file.policy, start, npages, index)
+            tx.set(policies, index, wanted)
+        tx.fill(numbers, start, npages, index)
 
 
 def get_policy(core: Core, number: int, offset: int) -> Policy:

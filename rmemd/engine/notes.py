@@ -7,10 +7,10 @@ revision, no watcher is told of them, and a replayed run need not have the same.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Hashable
 from typing import Any
 
+from rmemd.engine.fairlock import FairLock
 from rmemd.engine.journal import Journal
 from rmemd.store.codec import NoteEntry
 
@@ -23,7 +23,7 @@ class Notes:
         lock: the engine's, which guards the journal.
     """
 
-    def __init__(self, journal: Journal, lock: threading.Condition) -> None:
+    def __init__(self, journal: Journal, lock: FairLock) -> None:
         self._journal = journal
         self._lock = lock
         self._kinds: dict[str, dict[Hashable, Any]] = {}

@@ -59,13 +59,11 @@ def _expected_use(file: RestrictedFile, pgoffs: I64, use: Use) -> I64:
 
 def counts(core: Core) -> Iterator[str]:
     """I2: references and pins are the sums over named holders."""
-    host, space = core.host, core.space
+    host = core.host
     sums = {longterm: np.zeros(host.nframes, dtype=np.int64) for longterm in (False, True)}
     for entry in core.ledger.entries():
-        table = space.tables[entry.table]
-        assert isinstance(table, Sparse)
-        pfns = table.touched(0, host.nframes)
-        sums[entry.longterm][pfns] += table.get(pfns).astype(np.int64)
+        pfns, held = core.ledger.counts(entry)
+        sums[entry.longterm][pfns] += held.astype(np.int64)
     every = pages(0, host.nframes)
     yield from named("I2", sums[False] != host.refs.view, every, "has anonymous references")
     yield from named("I2", sums[True] != host.pins.view, every, "has anonymous pins")

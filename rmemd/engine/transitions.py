@@ -21,12 +21,12 @@ from rmemd.engine.pageinvariants import named
 from rmemd.hooks.tables import Records
 from rmemd.hooks.tx import COUNTERS, Tx
 from rmemd.hooks.types import Runs, Why
-from rmemd.model.files import PRIVATE, RestrictedFile
+from rmemd.model.files import PRIVATE, RestrictedFile, bindings_of
 from rmemd.model.host import KEPT, POISON, Use
 from rmemd.model.vms import Vm, unpack
 from rmemd.units import I64, Bools, distinct
 
-OF_SESSION = re.compile(r"ledger/session (\d+)(?: pin \d+)?/")
+OF_SESSION = re.compile(r"(?:ledger/)?session (\d+)(?: pin \d+)?(?:/|$)")
 # the tables whose keys are handles -> the counter that they come from
 HANDLES = {"vms": "vm", "files": "file", "sessions": "session", "pins": "pin", "host/keys": "key"}
 LOOKED_UP, INSTALLED, LOST = "fault: look up", "fault: install", "fault: lost race"
@@ -42,7 +42,7 @@ def flushed(t: Transition) -> Iterator[str]:
     for number in distinct(old).tolist():
         mine = pfns[old == number]
         pgoffs = t.old("host/pgoff", mine)
-        for _, binding in t.before.records(f"file/{number}/bindings").items():
+        for _, binding in bindings_of(t.before, number).items():
             inside = (pgoffs >= binding.pgoff) & (pgoffs < binding.pgoff + binding.npages)
             gfns = pgoffs[inside] - binding.pgoff + binding.gfn
             yield from _flushed_by(t, binding.vm, gfns, mine[inside])
@@ -223,9 +223,11 @@ def only_its_own(t: Transition) -> Iterator[str]:
     if t.tx.label != "release session":
         return
     ending = {number for number, info in t.before.records("sessions").items() if info.closing}
-    for name in sorted(t.written):
+    entries = {write.args[0].holder for _, write in t.written.get("ledger", ())}
+    for name in sorted({*t.written, *entries}):
         match = OF_SESSION.match(name)
-        if name.startswith("ledger/") and not (match and int(match[1]) in ending):
+        of_holds = name in entries or name.startswith("ledger/")
+        if of_holds and not (match and int(match[1]) in ending):
             yield f"I14: the end of a session changed {name}"
         # a vendor's own tables may follow the frames that are freed
         if name.startswith(("file/", "vms", "files")):

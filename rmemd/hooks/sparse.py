@@ -22,7 +22,8 @@ from rmemd.hooks.leaves import (
     NODE_SHIFT,
     Array,
     Node,
-    by_leaf,
+    by_node,
+    in_one_leaf,
 )
 from rmemd.hooks.writes import TableSpec, Write
 from rmemd.units import I64
@@ -52,18 +53,43 @@ class Sparse:
         if isinstance(node, dict):
             return node.get(index, self.fill_value)
         leaf = (index >> LEAF_SHIFT) & (LEAVES - 1)
-        mixed = node.mixed.get(leaf)
-        return int(node.uniform[leaf] if mixed is None else mixed[index & (LEAF - 1)])
+        slot = node.slots.item(leaf)
+        if slot < 0:
+            return int(node.uniform[leaf])
+        value: int = node.entries.item(slot << LEAF_SHIFT | index & (LEAF - 1))
+        return value
 
     def get(self, indices: I64) -> Array:
         """Return the values at ``indices`` (int64, any order), same shape."""
         if indices.shape == (1,):
             return np.array([self.at(indices.item())], dtype=self.dtype)
-        out = np.empty(indices.shape, dtype=self.dtype)
-        if indices.size:
-            for leaf_id, mask in by_leaf(indices):
-                leaf = self._leaf(leaf_id)
-                out[mask] = leaf if isinstance(leaf, int) else leaf[indices[mask] & (LEAF - 1)]
+        out: Array = np.empty(indices.shape, dtype=self.dtype)
+        if not indices.size:
+            return out
+        if in_one_leaf(indices):
+            node = self._nodes.get(indices.item(0) >> NODE_PAGES_SHIFT)
+            if isinstance(node, Node):
+                row = node.row((indices.item(0) >> LEAF_SHIFT) & (LEAVES - 1))
+                if row is not None:
+                    out = row[indices & (LEAF - 1)]
+                    return out
+        for node_id, which in by_node(indices):
+            node = self._nodes.get(node_id, self.fill_value)
+            if isinstance(node, Node):
+                out[which] = node.get(indices[which])
+            elif isinstance(node, dict):
+                out[which] = self._few_at(node, indices[which])
+            else:
+                out[which] = node
+        return out
+
+    def _few_at(self, few: dict[int, int], indices: I64) -> Array:
+        """Return the values at ``indices`` of a node of which a few are known."""
+        if indices.size <= FEW:
+            return np.array([few.get(at, self.fill_value) for at in indices.tolist()], self.dtype)
+        out: Array = np.full(indices.shape, self.fill_value, dtype=self.dtype)
+        for at, value in few.items():
+            out[indices == at] = value
         return out
 
     def _leaf(self, leaf_id: int) -> int | Array:
@@ -71,18 +97,9 @@ class Sparse:
         node = self._nodes.get(leaf_id >> NODE_SHIFT, self.fill_value)
         if isinstance(node, int):
             return node
-        if isinstance(node, dict):
-            few = {at: value for at, value in node.items() if at >> LEAF_SHIFT == leaf_id}
-            return self._of_few(few) if few else self.fill_value
-        mixed = node.mixed.get(leaf_id & (LEAVES - 1))
-        return int(node.uniform[leaf_id & (LEAVES - 1)]) if mixed is None else mixed
-
-    def _of_few(self, few: dict[int, int]) -> Array:
-        """Return the values of a leaf of which a few are known."""
-        leaf: Array = np.full(LEAF, self.fill_value, dtype=self.dtype)
-        for at, value in few.items():
-            leaf[at & (LEAF - 1)] = value
-        return leaf
+        assert not isinstance(node, dict)
+        row = node.row(leaf_id & (LEAVES - 1))
+        return int(node.uniform[leaf_id & (LEAVES - 1)]) if row is None else row
 
     def slice(self, start: int, n: int) -> Array:
         """Return the ``n`` values from ``start``: O(n) memory, so for mapped ranges only."""
@@ -133,7 +150,7 @@ class Sparse:
             first = max(start - base, 0) >> LEAF_SHIFT
             last = min((end - base - 1) >> LEAF_SHIFT, LEAVES - 1)
             apart = (node.uniform[first : last + 1] != self.fill_value).nonzero()[0] + first
-            leaves = {*apart.tolist(), *(leaf for leaf in node.mixed if first <= leaf <= last)}
+            leaves = {*apart.tolist(), *node.mixed(first, last).tolist()}
             for leaf in sorted(leaves):
                 found.append(self._touched_in(base + (leaf << LEAF_SHIFT), start, end))
         if len(found) == 1:
@@ -179,11 +196,13 @@ class Sparse:
     ) -> Iterator[tuple[I64, Array]]:
         first, last = (start - base) >> LEAF_SHIFT, (end - 1 - base) >> LEAF_SHIFT
         at = first
-        for leaf in sorted(leaf for leaf in node.mixed if first <= leaf <= last):
+        for leaf in node.mixed(first, last).tolist():
             if at < leaf:
                 yield self._uniform_piece(node, base, at, leaf)
             lo = base + (leaf << LEAF_SHIFT)
-            part = node.mixed[leaf][max(start - lo, 0) : min(end - lo, LEAF)]
+            row = node.row(leaf)
+            assert row is not None
+            part = row[max(start - lo, 0) : min(end - lo, LEAF)]
             breaks = np.flatnonzero(np.diff(part)) + 1
             breaks = np.concatenate((np.zeros(1, dtype=np.int64), breaks))
             yield breaks + max(start, lo), part[breaks]
@@ -209,28 +228,28 @@ class Sparse:
     # --- writing -----------------------------------------------------------------------------
     def apply(self, op: str, args: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
         """Apply one write and return its inverse."""
-        if op == "put":
-            indices, values = args
-            return "put", (indices, self._put(indices, np.asarray(values, dtype=self.dtype)))
-        if op == "store":
-            start, values = args
-            old = self._store(start, len(values), np.asarray(values, dtype=self.dtype))
-            return "store", (start, old)
         if op == "fill":
             start, n, value = args
             at = start & (LEAF - 1)
             if n == LEAF or at + n > LEAF:
                 return "restore", (start, n, self._fill(start, start + n, int(value)))
             node = self._nodes.get(start >> NODE_PAGES_SHIFT)
-            mixed = None
             if type(node) is Node:
-                mixed = node.mixed.get((start >> LEAF_SHIFT) & (LEAVES - 1))
-            if mixed is None:
-                return "store", (start, self._store(start, n, np.asarray(value, dtype=self.dtype)))
-            # so it is as a rule, and the way by others' functions would take twice as long
-            part = mixed[at : at + n]
-            old = part.copy()
-            part.fill(value)
+                slot = node.slots.item((start >> LEAF_SHIFT) & (LEAVES - 1))
+                if slot >= 0:
+                    # so it is as a rule, and the way by others' functions would take longer
+                    at |= slot << LEAF_SHIFT
+                    part = node.entries[at : at + n]
+                    old = part.copy()
+                    part.fill(value)
+                    return "store", (start, old)
+            return "store", (start, self._store(start, n, int(value)))
+        if op == "put":
+            indices, values = args
+            return "put", (indices, self._put(indices, np.asarray(values, dtype=self.dtype)))
+        if op == "store":
+            start, values = args
+            old = self._store(start, len(values), np.asarray(values, dtype=self.dtype))
             return "store", (start, old)
         start, n, pieces = args
         for piece in pieces:
@@ -243,22 +262,11 @@ class Sparse:
             return node
         made = Node(self.dtype, node if isinstance(node, int) else self.fill_value)
         if isinstance(node, dict):
-            for leaf_id in {at >> LEAF_SHIFT for at in node}:
-                values = self._leaf(leaf_id)
-                assert isinstance(values, np.ndarray)
-                made.mixed[leaf_id & (LEAVES - 1)] = values
+            made.put(np.array(list(node), np.int64), np.array(list(node.values()), self.dtype))
         self._nodes[node_id] = made
         return made
 
-    def _mixed(self, leaf_id: int) -> Array:
-        """Return the values of a leaf that may differ from now on."""
-        node = self._node(leaf_id >> NODE_SHIFT)
-        leaf = leaf_id & (LEAVES - 1)
-        if leaf not in node.mixed:
-            node.mixed[leaf] = np.full(LEAF, node.uniform[leaf], dtype=self.dtype)
-        return node.mixed[leaf]
-
-    def _put_few(self, numbers: Sequence[int], values: Array) -> Array | None:
+    def _put_few(self, numbers: Sequence[int], values: Array | int) -> Array | None:
         """Put where only a few entries are kept; return what was there, None if it must be more."""
         node_id = numbers[0] >> NODE_PAGES_SHIFT
         few = self._nodes.get(node_id, {})
@@ -269,36 +277,52 @@ class Sparse:
         fill = self.fill_value
         old = np.array([few.get(number, fill) for number in numbers], dtype=self.dtype)
         self._nodes[node_id] = few
-        news = values.tolist() if values.ndim else [values.item()] * len(numbers)
+        if isinstance(values, int) or not values.ndim:
+            news = [int(values)] * len(numbers)
+        else:
+            news = values.tolist()
         few.update(zip(numbers, news, strict=True))
         return old
 
     def _put(self, indices: I64, values: Array) -> Array:
         """Set entries, and return what was there."""
+        if indices.size == 1:
+            return self._store(indices.item(), 1, values)
         if values.ndim and values.shape != indices.shape:
             values = np.broadcast_to(values, indices.shape)
         if 0 < indices.size <= FEW:
             few = self._put_few(indices.tolist(), values)
             if few is not None:
                 return few
-        old = np.empty(indices.shape, dtype=self.dtype)
-        for leaf_id, mask in by_leaf(indices) if indices.size else ():
-            mixed = self._mixed(leaf_id)
-            at = indices[mask] & (LEAF - 1)
-            old[mask] = mixed[at]
-            mixed[at] = values[mask] if values.ndim else values
+        old: Array = np.empty(indices.shape, dtype=self.dtype)
+        if not indices.size:
+            return old
+        if in_one_leaf(indices):
+            leaf_id = indices.item(0) >> LEAF_SHIFT
+            row = self._node(leaf_id >> NODE_SHIFT).own(leaf_id & (LEAVES - 1))
+            at = indices & (LEAF - 1)
+            old = row[at]
+            row[at] = values
+            return old
+        for node_id, which in by_node(indices):
+            part = values[which] if values.ndim else values
+            old[which] = self._node(node_id).put(indices[which], part)
         return old
 
-    def _store(self, start: int, n: int, values: Array) -> Array:
+    def _store(self, start: int, n: int, values: Array | int) -> Array:
         """Set ``n`` entries from ``start``, and return what was there."""
-        if start >> LEAF_SHIFT != (start + n - 1) >> LEAF_SHIFT:
-            return self._put(np.arange(start, start + n, dtype=np.int64), values)
-        old = self._put_few(range(start, start + n), values) if n <= FEW else None
-        if old is None:
-            at = start & (LEAF - 1)
-            mixed = self._mixed(start >> LEAF_SHIFT)
-            old = mixed[at : at + n].copy()
-            mixed[at : at + n] = values
+        at = start & (LEAF - 1)
+        if at + n > LEAF:
+            return self._put(np.arange(start, start + n, dtype=np.int64), np.asarray(values))
+        node = self._nodes.get(start >> NODE_PAGES_SHIFT)
+        if type(node) is not Node:
+            few = self._put_few(range(start, start + n), values) if n <= FEW else None
+            if few is not None:
+                return few
+            node = self._node(start >> NODE_PAGES_SHIFT)
+        part = node.own((start >> LEAF_SHIFT) & (LEAVES - 1))[at : at + n]
+        old: Array = part.copy()
+        part[:] = values
         return old
 
     def _fill(self, start: int, end: int, value: int) -> list[tuple[Any, ...]]:
@@ -310,50 +334,17 @@ class Sparse:
                 pieces.append((node_id, self._nodes.get(node_id)))
                 self._nodes[node_id] = value
                 continue
-            pieces.append(self._fill_in_node(node_id, lo, hi, value))
+            pieces.append((node_id, None, *self._node(node_id).fill(lo, hi, value)))
         return pieces
 
-    def _fill_in_node(self, node_id: int, lo: int, hi: int, value: int) -> tuple[Any, ...]:
-        node = self._node(node_id)
-        first, last = lo >> LEAF_SHIFT, (hi - 1) >> LEAF_SHIFT
-        saved_uniform = node.uniform[first : last + 1].copy()
-        saved_mixed: dict[int, Array] = {}
-        edges = {}
-        for leaf in {first, last}:
-            at = leaf << LEAF_SHIFT
-            begin, stop = max(lo - at, 0), min(hi - at, LEAF)
-            if stop - begin < LEAF:
-                old = node.mixed.get(leaf)
-                new = (
-                    np.full(LEAF, node.uniform[leaf], dtype=self.dtype)
-                    if old is None
-                    else old.copy()
-                )
-                new[begin:stop] = value
-                edges[leaf] = new
-        inside = [leaf for leaf in node.mixed if first <= leaf <= last]
-        for leaf in inside:
-            saved_mixed[leaf] = node.mixed.pop(leaf)
-        node.uniform[first : last + 1] = value
-        for leaf, new in edges.items():
-            node.uniform[leaf] = saved_uniform[leaf - first]
-            node.mixed[leaf] = new
-        return node_id, first, last, saved_uniform, saved_mixed
-
     def _restore(self, piece: tuple[Any, ...]) -> None:
-        if len(piece) == 2:
-            node_id, old = piece
-            if old is None:
-                self._nodes.pop(node_id, None)
-            else:
-                self._nodes[node_id] = old
-            return
-        node_id, first, last, uniform, mixed = piece
-        node = self._node(node_id)
-        for leaf in [leaf for leaf in node.mixed if first <= leaf <= last]:
-            del node.mixed[leaf]
-        node.uniform[first : last + 1] = uniform
-        node.mixed.update(mixed)
+        node_id, old, *part = piece
+        if part:
+            self._node(node_id).restore(*part)
+        elif old is None:
+            self._nodes.pop(node_id, None)
+        else:
+            self._nodes[node_id] = old
 
     def snapshot(self) -> list[tuple[int, int, int]]:
         """Return the runs that differ from ``fill``: equal exactly when the contents are."""
@@ -382,9 +373,9 @@ class Sparse:
                 at = np.array(list(node), np.int64)
                 yield Write(self.name, "put", (at, np.array(list(node.values()), self.dtype)))
             elif isinstance(node, Node):
-                for leaf, values in sorted(node.mixed.items(), key=itemgetter(0)):
+                for leaf in node.mixed(0, LEAVES - 1).tolist():
                     start = (node_id << NODE_PAGES_SHIFT) + (leaf << LEAF_SHIFT)
-                    yield Write(self.name, "store", (start, values))
+                    yield Write(self.name, "store", (start, node.row(leaf)))
 
     def _uniform_runs(self) -> Iterator[tuple[int, int, int]]:
         """Yield runs (start, n, value) as if no leaf were mixed: those are written afterwards."""

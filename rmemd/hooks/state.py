@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from rmemd.errors import SWAP_SCHEMA
 from rmemd.hooks.hooktx import HookTx
 from rmemd.hooks.tables import Records, Sparse, Table
-from rmemd.units import I64
+from rmemd.units import I64, NDArray
 
 # past the last index that a sparse table can have
 INDEX_END = 1 << 52

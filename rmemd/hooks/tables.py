@@ -11,11 +11,10 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rmemd.hooks.sparse import Sparse
 from rmemd.hooks.writes import TableSpec, Write
-from rmemd.units import I64, coalesce
+from rmemd.units import I64, NDArray, coalesce
 
 Array = NDArray[Any]
 

@@ -114,6 +114,8 @@ class Runs(Struct, frozen=True):
     @classmethod
     def of_pages(cls, gfns: I64, pfns: I64) -> Runs:
         """Coalesce parallel page arrays into runs, keeping their order."""
+        if not gfns.size:
+            return cls(gfns, pfns, gfns)
         breaks = run_breaks(gfns, pfns)
         counts = np.diff(np.append(breaks, gfns.size)).astype(np.int64)
         return cls(gfns[breaks], pfns[breaks], counts)

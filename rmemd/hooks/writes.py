@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import Struct
 
 
-class Write(NamedTuple):
+class Write(Struct, frozen=True):
     """One write to one table: what a transaction applies, journals and can undo.
 
     ``op`` is "fill" (start, n, value), "put" (indices, values), "store" (start, values),

@@ -2,7 +2,8 @@
 
 Owns the ``file/*`` tables. A page of the file is a pgoff; the private half is ``frames``, the
 shared half of an `attributes` VM is ``shared``. In place, one frame in ``frames`` serves either
-state, and ``attributes`` (of the file, as in Linux) says which.
+state, and ``attributes`` (of the file, as in Linux) says which. Most files are bound to nothing and
+have no policy: those tables come with what is first written to them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ FLAG_ANONYMOUS = 1 << 63
 FLAGS_ADVERTISED = FLAG_MMAP | FLAG_INIT_SHARED
 PRIVATE = 1
 SHARED = 0
+# stand for the tables that a file has not
+_NO_VALUES = Sparse(TableSpec("", "sparse"))
+_NO_RECORDS = Records(TableSpec("", "records"))
 
 
 class FileInfo(Struct, frozen=True):
@@ -63,12 +67,26 @@ class RestrictedFile:
 
     def __init__(self, space: Space, info: FileInfo) -> None:
         self.info = info
+        self._space = space
         self.frames = space.sparse(f"file/{info.file}/frames")
-        self.shared = space.sparse(f"file/{info.file}/shared")
+        self.shared = _NO_VALUES if info.in_place else space.sparse(f"file/{info.file}/shared")
         self.attributes = space.sparse(f"file/{info.file}/attributes")
-        self.policy = space.sparse(f"file/{info.file}/policy")
-        self.policies = space.records(f"file/{info.file}/policies")
-        self.bindings = space.records(f"file/{info.file}/bindings")
+
+    @property
+    def bindings(self) -> Records:
+        """Return the ranges of it that slots have, by VM and slot; ``Files.bindings`` makes it."""
+        return bindings_of(self._space, self.info.file)
+
+    @property
+    def policy(self) -> Sparse:
+        """Return the number of each page's policy, 0 the default; ``Files.policies`` makes it."""
+        name = f"file/{self.info.file}/policy"
+        return self._space.sparse(name) if name in self._space.tables else _NO_VALUES
+
+    @property
+    def policies(self) -> Records:
+        """Return what the numbers of policies mean; ``Files.policies`` makes it."""
+        return _records_of(self._space, f"file/{self.info.file}/policies")
 
     def half(self, private: bool) -> Sparse:
         """Return the table of frames that serves pages of this state."""
@@ -87,6 +105,15 @@ class RestrictedFile:
     def policy_at(self, pgoffs: I64) -> tuple[I64, dict[int, Policy]]:
         """Return the policy number per page, and what the numbers mean (0 is the default)."""
         return self.policy.get(pgoffs).astype(np.int64), dict(self.policies.items())
+
+
+def bindings_of(space: Space, file: int) -> Records:
+    """Return the ranges of a file that slots have in a state, by VM and slot."""
+    return _records_of(space, f"file/{file}/bindings")
+
+
+def _records_of(space: Space, name: str) -> Records:
+    return space.records(name) if name in space.tables else _NO_RECORDS
 
 
 class Files:
@@ -108,18 +135,16 @@ class Files:
         info = FileInfo(file, vm, size_pages, flags, in_place, owner)
         initially = SHARED if flags & (FLAG_INIT_SHARED | FLAG_ANONYMOUS) else PRIVATE
         tx.create(TableSpec(f"file/{file}/frames", "sparse", "i8"))
-        tx.create(TableSpec(f"file/{file}/shared", "sparse", "i8"))
+        if not in_place:
+            tx.create(TableSpec(f"file/{file}/shared", "sparse", "i8"))
         tx.create(TableSpec(f"file/{file}/attributes", "sparse", "u1", initially))
-        tx.create(TableSpec(f"file/{file}/policy", "sparse", "u1"))
-        tx.create(TableSpec(f"file/{file}/policies", "records"))
-        tx.create(TableSpec(f"file/{file}/bindings", "records"))
         tx.set(self._info, file, info)
         return RestrictedFile(self._space, info)
 
     def destroy(self, tx: Tx, file: int) -> None:
         """Forget a file whose pages are gone."""
-        for table in ("frames", "shared", "attributes", "policy", "policies", "bindings"):
-            tx.destroy(f"file/{file}/{table}")
+        for table in self._space.below(f"file/{file}"):
+            tx.destroy(table)
         tx.drop(self._info, file)
         self._views.pop(file, None)
 
@@ -165,8 +190,21 @@ class Files:
                 state=f"bound to vm/{other.vm} slot {other.slot}",
                 rule="restrictedmem.md §2: bind, last check",
             )  # fmt: skip
-        tx.set(file.bindings, (binding.vm, binding.slot), binding)
+        tx.set(self.bindings(tx, file), (binding.vm, binding.slot), binding)
 
     def unbind(self, tx: Tx, file: RestrictedFile, vm: int, slot: int) -> None:
         """Take a slot's range back."""
         tx.drop(file.bindings, (vm, slot))
+
+    def bindings(self, tx: Tx, file: RestrictedFile) -> Records:
+        """Return the table of a file's bindings, to be written: it is made if need be."""
+        if file.bindings is _NO_RECORDS:
+            tx.create(TableSpec(f"file/{file.info.file}/bindings", "records"))
+        return file.bindings
+
+    def policies(self, tx: Tx, file: RestrictedFile) -> tuple[Sparse, Records]:
+        """Return the tables of a file's policies, to be written: they are made if need be."""
+        if file.policies is _NO_RECORDS:
+            tx.create(TableSpec(f"file/{file.info.file}/policy", "sparse", "u1"))
+            tx.create(TableSpec(f"file/{file.info.file}/policies", "records"))
+        return file.policy, file.policies

@@ -59,6 +59,7 @@ class Spans(Struct, frozen=True, dict=True):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return zip(self.starts.tolist(), self.counts.tolist(), strict=True)
 
+    @cached_property
     def pages(self) -> I64:
         """Return every page number, int64, shape (total,)."""
         return self.starts if self.total == self.starts.size else expand(self.starts, self.counts)
@@ -73,8 +74,10 @@ class Spans(Struct, frozen=True, dict=True):
         begins[1:] = self.starts[1:] != self.ends[:-1]
         if begins.all():
             return self
-        at = np.flatnonzero(begins)
-        return Spans(self.starts[at], np.add.reduceat(self.counts, at))
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], begins.size) - 1
+        starts = self.starts[first]
+        return Spans(starts, self.ends[last] - starts)
 
     def within(self, start: int, npages: int) -> Spans:
         """Return the parts of them in a range."""
@@ -104,21 +107,21 @@ class Spans(Struct, frozen=True, dict=True):
         if self.total == self.starts.size:
             same: Bools = table.get(self.starts) == values
             return same
-        same = table.get(self.pages()) == np.repeat(values, self.counts)
+        same = table.get(self.pages) == np.repeat(values, self.counts)
         return np.logical_and.reduceat(same, np.cumsum(self.counts) - self.counts)
 
     def touched(self, table: Sparse) -> I64:
         """Return the pages of which a table holds something else than its fill, ascending."""
         if not self.are_short:
             return np.concatenate([table.touched(start, n) for start, n in self])
-        numbers = self.pages()
+        numbers = self.pages
         found: I64 = numbers[table.get(numbers) != table.fill_value]
         return found
 
     def write(self, tx: Tx, table: Sparse, value: int) -> None:
         """Set every page of them to one value."""
         if self.are_short:
-            tx.put(table, self.pages(), value)
+            tx.put(table, self.pages, value)
             return
         for start, n in self:
             tx.fill(table, start, n, value)

@@ -26,9 +26,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from hashlib import sha256
 
 import grpc
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Struct, field
 
 from rmemd.engine.core import Core
@@ -49,6 +49,8 @@ REPLIES = "replies"
 RPC = "rpc"
 PASSING = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE})
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+# the same in every daemon, as the one after this has to know its calls
+_TAGS, _NONCE, _TAG_BYTES = AESGCM(bytes(16)), bytes(12), 16
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -403,9 +405,12 @@ def _again(answer: Answer) -> bytes:
 
 
 def _digest(method: str, data: bytes) -> bytes:
-    digest = sha256(method.encode() + b"\0")
-    digest.update(data)
-    return digest.digest()
+    """Return 16 bytes that tell a call from others under its id: AES-GCM's tag of both parts.
+
+    Of a large request a tag takes a tenth of a SHA-256's time, which would be a fifteenth of the
+    call's. Its key is no secret: who makes two calls of one tag gets their own answer to the other.
+    """
+    return _TAGS.encrypt(_NONCE, method.encode(), data)[-_TAG_BYTES:]
 
 
 def _request_id(context: grpc.ServicerContext) -> str | None:

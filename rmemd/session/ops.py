@@ -100,6 +100,9 @@ class Operations:
         self._caller = caller
         self._is_over = is_over
         self._calls = engine.core.calls
+        self._answered = engine.core.answered
+        self._owner = caller.owner
+        self._name = f"session {caller.session}"
         self.hands_over = False
         self._handlers: dict[int, Handler] = {
             Op.GET: self._get, Op.PUT: self._put, Op.PIN: self._pin, Op.UNPIN: self._unpin,
@@ -119,8 +122,8 @@ class Operations:
         for at, record in enumerate(map(Record._make, RECORD.iter_unpack(frame.records))):
             if stopped:
                 self._cancel(reply, record)
-            elif not self._named(frame, at, record, reply) and frame.stops:
-                stopped = True
+            elif not self._named(frame, at, record, reply):
+                stopped = frame.stops
         return reply
 
     def answered(self, request: Frame) -> None:
@@ -139,7 +142,7 @@ class Operations:
     def _one(self, frame: Frame, record: Record, reply: Reply) -> bool:
         """Carry one record out; return whether it was."""
         begun = time.perf_counter() if self._observers else 0.0
-        self._engine.core.answered.begin()
+        self._answered.begin()
         try:
             data = self._check(frame, record)
             if record.op in PASSING:
@@ -161,8 +164,7 @@ class Operations:
         if self._observers:
             took = time.perf_counter() - begun
             method = RULES.get(record.op, "Session/unknown")
-            named = f"session {self._caller.session}"
-            tell(self._observers, Called(method, code, reason, took, named))
+            tell(self._observers, Called(method, code, reason, took, self._name))
 
     def _check(self, frame: Frame, record: Record) -> bytes:
         """Check what all ops have in common, and whether the caller may; return the payload.
@@ -199,7 +201,7 @@ class Operations:
     def _refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
         """Answer a record with what was raised; return that as a refusal."""
         revision = self._engine.answered
-        refusal = name_error(error, f"session {self._caller.session} datagram {sequence}")
+        refusal = name_error(error, f"{self._name} datagram {sequence}")
         message = session_pb2.SessionRefusal(
             message=shorten(refusal.message, MESSAGE_MAX),
             code=code_of(refusal),
@@ -217,19 +219,19 @@ class Operations:
     # --- pages held --------------------------------------------------------------------------
     def _get(self, r: Record, data: bytes, room: int) -> Result:
         _require_room(r.length // PAGE_SIZE * 8, room)
-        pfns = self._engine.get_pages(r.object, r.start, r.length, self._caller.owner)
+        pfns = self._engine.get_pages(r.object, r.start, r.length, self._owner)
         return pfns.size, pfns.astype("<i8").tobytes()
 
     def _put(self, r: Record, data: bytes, room: int) -> Result:
         if not data or len(data) % 8:
             raise BAD_REQUEST(f"{len(data)} bytes are no frames", field="payload_length")
         pfns: I64 = np.frombuffer(data, dtype="<i8").astype(np.int64)
-        return self._engine.put_pages(pfns, self._caller.owner), b""
+        return self._engine.put_pages(pfns, self._owner), b""
 
     def _pin(self, r: Record, data: bytes, room: int) -> Result:
         purpose = _text(data)
         pin = self._engine.pin(
-            r.object, r.start, r.length, purpose, "session", self._caller.owner, self._is_over
+            r.object, r.start, r.length, purpose, "session", self._owner, self._is_over
         )
         return pin, b""
 

@@ -2,8 +2,9 @@
 
 Owns the forms that an array takes in the journal: raw bytes where it is short or has no pattern, a
 progression (start, step, n) where it is a range or a constant, runs where it is a few progressions
-of the same step. Which form is taken depends on dtype and content alone, so that equal arrays give
-equal bytes. Nothing here keeps an array or a view of one.
+of the same step, differences where it ascends in small steps, as scattered pages do. Which form is
+taken depends on dtype and content alone, so that equal arrays give equal bytes. Nothing here keeps
+an array or a view of one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from rmemd.units import NDArray
 
 Array = NDArray[Any]
 
@@ -22,11 +24,12 @@ DTYPES = tuple(
 )
 # up to here an array is written as it lies: looking for a pattern would cost more
 SHORT = 64
-RAW, PROGRESSION, RUNS = range(3)
+RAW, PROGRESSION, RUNS, DIFFERENCES = range(4)
 
 _CODES: dict[Any, int] = {dtype: code for code, dtype in enumerate(DTYPES)}
 _NAMED = {dtype.str: code for code, dtype in enumerate(DTYPES)}
 _MAX_RUNS_SIZE = 1 << 32
+_NARROW = tuple(np.dtype(name) for name in ("u1", "u2", "u4"))
 
 
 def code_of(dtype: np.dtype[Any]) -> int:
@@ -64,7 +67,10 @@ def body(array: Array, code: int) -> tuple[Any, ...]:
     if nbreaks == 0:
         return PROGRESSION, numbers[0].item(), step
     if numbers.size >= _MAX_RUNS_SIZE or (nbreaks + 1) * (numbers.itemsize + 4) > plain.nbytes // 2:
-        return RAW, plain.data.cast("B")
+        narrow = _narrower(steps)
+        if narrow is None:
+            return RAW, plain.data.cast("B")
+        return DIFFERENCES, numbers[0].item(), _CODES[narrow], steps.astype(narrow).tobytes()
     begins = np.flatnonzero(broken) + 1
     starts = numbers[np.concatenate((np.zeros(1, dtype=np.int64), begins))]
     return RUNS, step, begins.astype("<u4").tobytes(), starts.tobytes()
@@ -86,6 +92,13 @@ def read_body(code: int, n: int, form: int, *parts: Any) -> Array:
     if form == PROGRESSION:
         start, step = parts
         return _progression(number.type(start), number.type(step), n, number).view(dtype)
+    if form == DIFFERENCES:
+        start, narrow, steps = parts
+        every = np.concatenate(([number.type(start)], read_raw(narrow, steps).astype(number)))
+        if every.size != n:
+            raise ValueError(f"an array of {n} entries has {every.size}")
+        ascending: Array = np.cumsum(every, dtype=number)
+        return ascending.view(dtype)
     if form != RUNS:
         raise ValueError(f"an array's form is {form}")
     step = number.type(parts[0])
@@ -104,6 +117,17 @@ def read_raw(code: int, data: bytes) -> Array:
         ValueError: they are no whole number of entries.
     """
     return np.frombuffer(data, dtype=DTYPES[code]).copy()
+
+
+def _narrower(steps: Array) -> np.dtype[Any] | None:
+    """Return a dtype of at most half the size that holds all of ``steps``, None without one."""
+    if steps.min() < 0:
+        return None
+    highest = steps.max()
+    for narrow in _NARROW:
+        if 2 * narrow.itemsize <= steps.itemsize and highest <= np.iinfo(narrow).max:
+            return narrow
+    return None
 
 
 def _progression(start: Any, step: Any, n: int, dtype: np.dtype[Any]) -> Array:

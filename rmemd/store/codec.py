@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from rmemd.store.values import (
 )
 from rmemd.units import I64, U64
 
-FORMAT = 2
+FORMAT = 3
 """Raised with every change that an older reader would not understand."""
 
 _RECORD, _NOTE = 0x21, 0x22
@@ -78,7 +77,7 @@ def encode_record(record: Record) -> bytes:
     Raises:
         TypeError: it holds something that is not plain, or a write that is no forward one.
     """
-    return _entry(_RECORD, encode(partial(_shape_record, record)))
+    return _entry(_RECORD, encode(_shape_record, record))
 
 
 def encode_note(note: NoteEntry) -> bytes:
@@ -87,8 +86,7 @@ def encode_note(note: NoteEntry) -> bytes:
     Raises:
         TypeError: it holds something that is not plain.
     """
-    parts = note.kind, note.key, note.value, note.dropped
-    return _entry(_NOTE, encode(lambda shaper: shaper.all_shaped(parts)))
+    return _entry(_NOTE, encode(Shaper.all_shaped, note))
 
 
 def decode(data: memoryview | bytes) -> list[Record | NoteEntry]:
@@ -120,14 +118,15 @@ def _entry(kind: int, body: bytes) -> bytes:
     return _HEAD.pack(kind, len(body)) + body
 
 
-def _shape_record(record: Record, shaper: Shaper) -> Any:
+def _shape_record(shaper: Shaper, record: Record) -> Any:
     parts: list[Any] = [record.revision, record.label]
-    for table, op, args in record.writes:
+    for write in record.writes:
+        op, args = write.op, write.args
         code, arity = _OP_CODES.get(op, _NO_OP)
         given = _of_table(*args) if op == "create" else args
         if len(given) != arity:
-            raise TypeError(f"{op} of {table} is no forward write")
-        parts += (code, table)
+            raise TypeError(f"{op} of {write.table} is no forward write")
+        parts += (code, write.table)
         parts += given
     events = [part for event in record.events for part in event]
     digests = [part for pair in record.digests for part in pair]

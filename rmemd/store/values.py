@@ -39,7 +39,7 @@ def encode_value(value: Any) -> bytes:
     Raises:
         TypeError: it is not plain.
     """
-    return encode(lambda shaper: shaper.shaped(value))
+    return encode(Shaper.shaped, value)
 
 
 def decode_value(data: memoryview | bytes) -> Any:
@@ -62,22 +62,19 @@ _ALWAYS_DIRECT = _DIRECT - {int, str}
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 
 
-def encode(shape: Callable[[Shaper], Any]) -> bytes:
-    """Return what ``shape`` makes of plain values as bytes.
+def encode(shape: Callable[[Shaper, Any], Any], value: Any) -> bytes:
+    """Return what ``shape`` makes of something that is made of plain values as bytes.
 
     Raises:
         TypeError: one of them is not plain.
     """
+    shaper = Shaper(_DIRECT)
     try:
-        return _encode(shape, _DIRECT)
+        return msgpack.encode(shape(shaper, value), enc_hook=shaper.array)
     except (OverflowError, UnicodeEncodeError):
         # a text with surrogates, or an integer of more than 64 bits: then each is looked at
-        return _encode(shape, _ALWAYS_DIRECT)
-
-
-def _encode(shape: Callable[[Shaper], Any], direct: frozenset[type]) -> bytes:
-    shaper = Shaper(direct)
-    return msgpack.encode(shape(shaper), enc_hook=shaper.array)
+        shaper = Shaper(_ALWAYS_DIRECT)
+        return msgpack.encode(shape(shaper, value), enc_hook=shaper.array)
 
 
 class Shaper:

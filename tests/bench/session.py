@@ -2,7 +2,7 @@
 
 Owns what a round trip is here: one record there and its result back, with the journal, the ledger
 and metrics on, as a daemon is run. The echo sends a datagram of the request's size to a Python
-process and back.
+process and back; beside gRPC it says what of the bar there a socket alone takes.
 """
 
 from __future__ import annotations
@@ -72,6 +72,12 @@ def _on(folder: Path, cores: int, rounds: int) -> Iterator[Figure]:
                 lambda: _repeat(lambda: empty(b""), FEW),
                 per=FEW, bar=BARS[cores], rounds=rounds,
             )  # fmt: skip
+        yield paired(
+            f"3 SEQPACKET echo / unary Empty, {where}",
+            lambda: _echo(echo, ROUND_TRIPS),
+            lambda: _repeat(lambda: empty(b""), ROUND_TRIPS),
+            per=ROUND_TRIPS, rounds=rounds,
+        )  # fmt: skip
         yield paired(
             f"3 {MANY} pins and releases in two datagrams / as many echoes, {where}",
             lambda: _repeat(lambda: _many(ours, made.file), 8),

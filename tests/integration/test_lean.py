@@ -46,14 +46,35 @@ def test_who_got_a_stand_in_gets_the_module_s_names() -> None:
     assert said.startswith("<class 'asyncio.locks.Lock'> <function server at")
 
 
+def test_what_was_taken_by_name_imports_its_module_when_it_is_called() -> None:
+    said = ran(
+        "import numpy, structlog\n"
+        "print(numpy.roots([1, 0, -4]).round(6).tolist())\n"
+        "print((numpy.matrix([[1, 1], [0, 1]]) ** 3).tolist())\n"
+        "raised = structlog._output.PicklingError('no')\n"
+        "import pickle; print(type(raised) is pickle.PicklingError, *raised.args)\n"
+    )
+    assert said == "[-2.0, 2.0]\n[[1, 3], [0, 1]]\nTrue no\n"
+
+
 def test_versions_of_distributions_are_read_as_ever() -> None:
     said = ran(
         "from importlib.metadata import distributions, version\n"
-        "from rmemd.consumers.discovery import release_of\n"
+        "from rmemd.consumers.discovery import release_of, version_of\n"
         "print(all(release_of(d) == (d.name, d.version) for d in distributions()))\n"
-        "print(version('numpy'))"
+        "print(version_of('numpy') == version('numpy'))"
     )
-    assert said.startswith("True\n")
+    assert said == "True\nTrue\n"
+
+
+def test_plugins_are_found_as_entry_points_are() -> None:
+    said = ran(
+        "from importlib.metadata import entry_points\n"
+        "from rmemd.consumers.discovery import ENTRY_POINTS, installed\n"
+        "found = installed(); print('zipfile' in sys.modules)\n"
+        "print(found == sorted(entry_points(group=ENTRY_POINTS), key=lambda one: one.name))"
+    )
+    assert said == "False\nTrue\n"
 
 
 def test_the_bench_s_floor_imports_the_packages_that_the_daemon_does() -> None:

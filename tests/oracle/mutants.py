@@ -105,12 +105,7 @@ def close_keeps_the_shared_frames(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_pin_is_not_counted(patch: pytest.MonkeyPatch) -> None:
-    real = Ledger.hold
-
-    def broken(self: Ledger, tx: Any, entry: Any, pfns: Any) -> None:
-        real(self, tx, entry, pfns[:0] if entry.longterm else pfns)
-
-    patch.setattr(Ledger, "hold", broken)
+    patch.setattr(Ledger, "hold_whole", lambda self, tx, entry, pfns: None)
 
 
 def allocate_counts_one_more(patch: pytest.MonkeyPatch) -> None:
@@ -145,7 +140,7 @@ def poison_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 def bindings_may_overlap(patch: pytest.MonkeyPatch) -> None:
     def broken(self: Files, tx: Any, file: Any, binding: Any, overlap_errno: int) -> None:
-        tx.set(file.bindings, (binding.vm, binding.slot), binding)
+        tx.set(self.bindings(tx, file), (binding.vm, binding.slot), binding)
 
     patch.setattr(Files, "bind", broken)
 

@@ -310,7 +310,7 @@ _TABLE = (
     ),
     Mutant(
         "forgotten-holder-still-counts", COUNT, "rmemd.model.ledger",
-        "        tx.put(column, pfns, column.get(pfns) - counts.get(pfns))\n",
+        "            self._add_to_column(tx, entry, pfns, _ONE_LESS)\n",
         "",
         "pins_come_and_go", "I2",
     ),

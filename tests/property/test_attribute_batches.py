@@ -213,11 +213,11 @@ def spans(draw: st.DrawFn) -> Spans:
 def test_spans_are_the_pages_that_they_name(some: Spans, start: int, npages: int) -> None:
     every = [page for first, n in some for page in range(first, first + n)]
     inside = [page for page in every if start <= page < start + npages]
-    assert some.pages().tolist() == some.merged().pages().tolist() == every
+    assert some.pages.tolist() == some.merged().pages.tolist() == every
     assert (np.diff(some.merged().starts) > some.merged().counts[:-1]).all()
-    assert some.within(start, npages).pages().tolist() == inside
+    assert some.within(start, npages).pages.tolist() == inside
     assert some.meet(start, npages) == bool(inside)
-    assert some.shifted(3).pages().tolist() == [page + 3 for page in every]
+    assert some.shifted(3).pages.tolist() == [page + 3 for page in every]
     numbers = np.arange(start, start + npages, dtype=np.int64)
     assert numbers[some.hold(numbers)].tolist() == inside
 
@@ -228,7 +228,7 @@ def test_what_spans_hold_in_a_table(some: Spans, other: Spans, data: st.DataObje
     table = tx.create(TableSpec("t", "sparse", "u1", 1))
     model = np.ones(200_000, dtype=np.uint8)
     other.write(tx, table, 0)
-    model[other.pages()] = 0
+    model[other.pages] = 0
     wanted = data.draw(st.lists(st.integers(0, 1), min_size=len(some.starts), max_size=12))
     values = np.array((wanted + [0] * len(some.starts))[: len(some.starts)], dtype=np.uint8)
     expected = [
@@ -236,4 +236,4 @@ def test_what_spans_hold_in_a_table(some: Spans, other: Spans, data: st.DataObje
         for (first, n), value in zip(some, values.tolist(), strict=True)
     ]
     assert some.are(table, values).tolist() == expected
-    assert some.touched(table).tolist() == [page for page in some.pages() if not model[page]]
+    assert some.touched(table).tolist() == [page for page in some.pages if not model[page]]

@@ -58,6 +58,18 @@ def test_any_array_comes_back(given_arrays: list[Any]) -> None:
         assert np.array_equal(one, other)
 
 
+@given(
+    st.sampled_from([d for d in DTYPES if d.kind in "iu"]), st.integers(0, 2**64 - 1),
+    st.lists(st.sampled_from([0, 1, 2, 255, 256, 65535, 65536, 2**32 - 1]), min_size=65),
+)  # fmt: skip
+def test_what_ascends_in_steps_comes_back(dtype: Any, start: int, steps: list[int]) -> None:
+    with np.errstate(over="ignore"):
+        numbers = np.cumsum(np.array([start, *steps], dtype=np.uint64)).astype(dtype)
+    found = decode_value(encode_value(numbers))
+    assert found.dtype == numbers.dtype
+    assert np.array_equal(found, numbers)
+
+
 # --- content of tables ---------------------------------------------------------------------------
 def rebuilt(space: Space) -> Space:
     """The space that the encoded content of every table makes."""

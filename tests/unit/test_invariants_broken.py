@@ -285,7 +285,7 @@ def the_end_of_a_session_changes_a_file(
     engine: Engine, guest: Guest, patch: pytest.MonkeyPatch
 ) -> None:
     with changing(engine, "release session") as (core, tx):
-        tx.fill(core.files.get(guest.file).policy, 60, 1, 0)
+        tx.fill(core.files.policies(tx, core.files.get(guest.file))[0], 60, 1, 0)
 
 
 @breaks("I22")

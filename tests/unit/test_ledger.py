@@ -20,6 +20,12 @@ ENTRIES = [
     Entry("vm/2", "protected guest", True),
     Entry("session/7", "DMA", True),
 ]
+# held as a whole, so new each time
+PINS = [
+    Entry("session 7 pin 1", "DMA", True),
+    Entry("session 7 pin 2", "DMA", True),
+    Entry("session 8 pin 3", "get", False),
+]
 frames = st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True)
 script = st.lists(
     st.one_of(
@@ -27,6 +33,8 @@ script = st.lists(
         st.tuples(st.just("drop"), st.sampled_from(ENTRIES), frames),
         st.tuples(st.just("forget"), st.sampled_from(ENTRIES), frames),
         st.tuples(st.just("move"), st.sampled_from(ENTRIES), frames),
+        st.tuples(st.just("hold whole"), st.sampled_from(PINS), frames),
+        st.tuples(st.just("forget"), st.sampled_from(PINS), frames),
     ),
     max_size=15,
 )
@@ -46,7 +54,7 @@ def _check(host: Host, ledger: Ledger, model: Counter[tuple[Entry, int]]) -> Non
         named = sorted((h.name, h.purpose, h.count) for h in ledger.holders(pfn))
         expected = sorted((e.holder, e.purpose, c) for (e, p), c in model.items() if p == pfn and c)
         assert named == expected
-    for entry in ENTRIES:
+    for entry in [*ENTRIES, *PINS]:
         held = {p for (e, p), c in model.items() if e == entry and c}
         assert ledger.count(entry) == len(held)
         assert set(np.flatnonzero(ledger.held(entry, np.arange(N))).tolist()) == held
@@ -63,6 +71,11 @@ def test_columns_are_the_sums_over_named_holders(steps: list[tuple[str, Entry, l
     for op, entry, pfns in steps:
         if op == "hold":
             ledger.hold(tx, entry, _array(pfns))
+            model.update((entry, p) for p in pfns)
+        elif op == "hold whole":
+            ledger.forget(tx, entry.holder)
+            ledger.hold_whole(tx, entry, _array(pfns))
+            model = Counter({k: c for k, c in model.items() if k[0] != entry})
             model.update((entry, p) for p in pfns)
         elif op == "drop":
             pfns = [p for p in pfns if model[entry, p]]
@@ -96,7 +109,11 @@ def test_when_every_holder_is_forgotten_the_baseline_is_left(
     ledger = Ledger(host, tx)
     baseline = tx.space.snapshot()
     for _, entry, pfns in steps:
-        ledger.hold(tx, entry, _array(pfns))
-    for holder in {entry.holder for entry in ENTRIES}:
+        if entry in PINS:
+            ledger.forget(tx, entry.holder)
+            ledger.hold_whole(tx, entry, _array(pfns))
+        else:
+            ledger.hold(tx, entry, _array(pfns))
+    for holder in {entry.holder for entry in [*ENTRIES, *PINS]}:
         ledger.forget(tx, holder)
     assert same_state(baseline, tx.space.snapshot()) == []

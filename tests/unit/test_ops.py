@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from rmemd.errors import RmemError
 from rmemd.hooks import hookimpl
-from rmemd.hooks.ops import compile_platform
+from rmemd.hooks.ops import _parameters_of_method, compile_platform
 
 
 class Sound:
@@ -47,6 +49,51 @@ def test_a_refused_plugin_leaves_nothing_behind() -> None:
             compile_platform(refused, "refused")
         ops = compile_platform(sound, "sound")
         assert (ops.variants, ops.free) == (sound.variants, None)
+
+
+def _wrapping(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, one: Any) -> None: ...
+
+    return wrapper
+
+
+class Shapes:
+    """Methods of every shape that a signature can have."""
+
+    def none(self) -> None: ...
+    def some(self, tx: Any, pfns: Any) -> int:
+        local = pfns
+        return len(local)
+
+    def defaulted(self, tx: Any, pfns: Any = None) -> None: ...
+    def positional(self, tx: Any, /, pfns: Any) -> None: ...
+    def keyword(self, tx: Any, *, pfns: Any) -> None: ...
+    def all_of_them(self, *args: Any, **kw: Any) -> None: ...
+    def the_rest(self, tx: Any, *pfns: Any) -> None: ...
+    def nobody(*args: Any) -> None: ...
+    @staticmethod
+    def static(tx: Any, pfns: Any) -> None: ...
+    @classmethod
+    def of_class(cls, tx: Any, pfns: Any) -> None: ...
+    @_wrapping
+    def wrapped(self, tx: Any, pfns: Any) -> None: ...
+
+
+QUICK = {"none", "some", "defaulted", "positional", "keyword", "of_class"}
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Shapes) if not name.startswith("__")])
+def test_a_method_s_parameters_are_those_of_its_signature(name: str) -> None:
+    method = getattr(Shapes(), name)
+    expected = list(inspect.signature(method).parameters) if name in QUICK else None
+    assert _parameters_of_method(method) == expected
+
+
+def test_a_method_that_no_call_can_reach_is_left_to_inspect() -> None:
+    def method(*, pfns: Any) -> None: ...
+
+    assert _parameters_of_method(method.__get__(object())) is None
 
 
 @pytest.fixture

@@ -6,10 +6,13 @@ import threading
 import tracemalloc
 import uuid
 from collections.abc import Callable
+from random import Random
 
 import grpc
 import pytest
 from google.longrunning import operations_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rmem.v1 import (
     consumer_pb2,
@@ -206,6 +209,24 @@ def test_other_contents_under_an_id_are_refused(store: Replies) -> None:
     with pytest.raises(InvalidArgument, match="REQUEST_ID_REUSED"):
         store.turn("uid:1", 0, "VmService/DestroyVm", b"a", Context(number))  # type: ignore[arg-type]
     assert ask(store, number, b"a") == b"r"
+
+
+@given(
+    st.sampled_from((1, 15, 16, 17, 4096, 200_000)), st.randoms(use_true_random=False), st.data()
+)
+def test_contents_differ_by_any_bit_and_by_their_length(
+    nbytes: int, random: Random, draw: st.DataObject
+) -> None:
+    contents = random.randbytes(nbytes)
+    at, bit = draw.draw(st.integers(0, nbytes - 1)), draw.draw(st.integers(0, 7))
+    flipped = bytearray(contents)
+    flipped[at] ^= 1 << bit
+    store, number = Replies(), new_id()
+    do(store, number, b"r", data=contents)
+    for other in (bytes(flipped), contents[:at], contents + b"\0", b"\0" + contents):
+        with pytest.raises(InvalidArgument, match="REQUEST_ID_REUSED"):
+            ask(store, number, other)
+    assert ask(store, number, bytes(bytearray(contents))) == b"r"
 
 
 def test_an_id_belongs_to_its_tenant_and_session(store: Replies) -> None:

@@ -117,6 +117,74 @@ def test_snapshots_are_equal_exactly_when_the_contents_are(
     assert same == np.array_equal(*models)
 
 
+# over these the leaves of two nodes become mixed and uniform again, many at once
+WIDE = 24 * LEAF
+wide_writes = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "put shuffled", "fill", "store"]),
+        st.integers(0, WIDE - 1), st.integers(1, WIDE), st.integers(1, 500), st.integers(0, 2),
+    ),
+    min_size=1, max_size=8,
+)  # fmt: skip
+
+
+def _wide_write(kind: str, start: int, n: int, npages: int, value: int) -> tuple[str, Any, Any]:
+    rng = np.random.default_rng([start, n])
+    n = min(n, WIDE - start)
+    if kind == "fill":
+        return "fill", (start, n), value
+    if kind == "store":
+        n = min(n, 2 * LEAF)
+        return "store", (start, n), rng.integers(0, 3, n)
+    at = rng.choice(np.arange(start, start + n), min(npages, n), replace=False)
+    return "put", at if kind == "put shuffled" else np.sort(at), rng.integers(0, 3, at.size)
+
+
+@given(wide_writes, st.sampled_from((0, NODE - WIDE // 3)), st.integers(0, 1))
+def test_scattered_entries_read_as_an_array_through_undo(
+    script: list[tuple[str, int, int, int, int]], base: int, fill: int
+) -> None:
+    space, table = _made("sparse", fill)
+    model = np.full(WIDE, fill, dtype=np.uint8)
+    everywhere = np.random.default_rng(1).permutation(WIDE)
+
+    def check() -> None:
+        assert np.array_equal(table.get(everywhere + base), model[everywhere])
+        some = np.sort(everywhere[:100])
+        assert np.array_equal(table.get(some + base), model[some])
+        assert [table.at(i + base) for i in some.tolist()] == model[some].tolist()
+        assert np.array_equal(table.slice(base, WIDE), model)
+        assert np.array_equal(table.touched(base, WIDE), np.flatnonzero(model != fill) + base)
+
+    history = []
+    for drawn in script:
+        before = model.copy()
+        history.append((before, _write(space, model, base, _wide_write(*drawn))))
+        check()
+    again = Space()
+    for write in table.content():
+        again.apply(write)
+    assert same_state(again.snapshot(), space.snapshot()) == []
+    for before, inverse in reversed(history):
+        space.apply(inverse)
+        model[:] = before
+        check()
+
+
+def test_leaves_that_are_uniform_again_give_their_room_back() -> None:
+    space, table = _made("sparse", 0)
+    indices = np.arange(0, 64 * LEAF, 2)
+    space.apply(Write("t", "put", (indices, 1)))
+    before = space.snapshot()
+    assert table._nodes[0].entries.size == 64 * LEAF
+    inverse = space.apply(Write("t", "fill", (0, 48 * LEAF, 1)))
+    assert table._nodes[0].entries.size == 16 * LEAF
+    assert np.array_equal(table.get(indices[-16:]), np.ones(16))
+    space.apply(inverse)
+    assert table._nodes[0].entries.size == 64 * LEAF
+    assert same_state(before, space.snapshot()) == []
+
+
 def test_a_fill_over_whole_nodes_costs_nothing_and_is_undone() -> None:
     space, table = _made("sparse", 0)
     space.apply(Write("t", "put", (np.array([5, NODE + 7]), 2)))

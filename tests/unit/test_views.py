@@ -7,8 +7,10 @@ from contextlib import suppress
 from helpers import refusal
 
 from rmemd.engine.engine import Engine
+from rmemd.engine.memory import MPOL_BIND
 from rmemd.errors import NO_SUCH_FILE, NO_SUCH_VM, VM_DEAD
-from rmemd.units import PAGE_SIZE
+from rmemd.model.files import Binding, Policy
+from rmemd.units import PAGE_SIZE, pages
 
 
 class Undone(Exception):
@@ -61,3 +63,26 @@ def test_a_number_that_was_undone_is_another_objects(engine: Engine) -> None:
     assert again.info.file == number
     assert core.files.get(number).frames is core.space.tables[f"file/{number}/frames"]
     assert core.files.get(number).frames is not made.frames
+
+
+def test_tables_that_most_files_need_not_come_and_go_with_what_is_written(engine: Engine) -> None:
+    core = engine.core
+    vm = engine.create_vm("null").info.vm
+    number = engine.create_file(vm, PAGE_SIZE).info.file
+    file, owner = core.files.get(number), f"file/{number}"
+    at_first = core.space.below(owner)
+    binding = Binding(0, 1, vm, 0, 0x100)
+    with core.locked(), suppress(Undone), core.tx("bind") as tx:
+        core.files.bind(tx, file, binding, 17)
+        core.files.policies(tx, file)
+        assert file.bound(0, 1) == [(binding, 0, 1)]
+        assert len(core.space.below(owner)) == len(at_first) + 3
+        raise Undone
+    assert core.space.below(owner) == at_first
+    assert file.bound(0, 1) == []
+    assert file.policy.at(0) == 0
+    engine.set_policy(number, 0, PAGE_SIZE, MPOL_BIND, (0,))
+    numbers, policies = file.policy_at(pages(0, 1))
+    assert policies[int(numbers[0])] == Policy(MPOL_BIND, (0,))
+    engine.close_file(number)
+    assert core.space.below(owner) == []

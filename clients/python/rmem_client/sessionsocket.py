@@ -51,6 +51,7 @@ MEMORY_LOST = "MEMORY_LOST"
 # as plain numbers, since those of ``socket`` are slow to combine
 _CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _FDS_ROOM = socket.CMSG_SPACE(struct.calcsize("i"))
+_TIMEVAL = struct.Struct("@ll")
 
 
 class SessionSocket:
@@ -74,7 +75,10 @@ class SessionSocket:
         self._reconnect_s = reconnect_s
         self._buffer = bytearray(DATAGRAM_MAX + 1)
         self._view = memoryview(self._buffer)
-        self._turn = threading.Condition(threading.Lock())
+        # the condition's own: taken without it, as most of the time nobody waits
+        self._lock = threading.Lock()
+        self._turn = threading.Condition(self._lock)
+        self._waiting = 0
         self._reading = False
         self._sequence = 0
         self._awaited: set[int] = set()
@@ -94,6 +98,7 @@ class SessionSocket:
             self._sock = connect(self.path)
         except OSError as error:
             raise self._ended("") from error
+        _wait_at_most(self._sock, deadline_s)
         # its number stays; one thread reads at a time
         self._readable = select.poll()
         self._readable.register(self._sock, select.POLLIN)
@@ -115,9 +120,7 @@ class SessionSocket:
 
         One that is lost with the daemon is not sent again, and refusals are told to nobody.
         """
-        with self._turn:
-            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._send(request(sequence, records, ONE_WAY))
+        self._send(request(self._next_sequence(), records, ONE_WAY))
 
     def call(self, records: list[Record], stop: bool = False) -> tuple[list[Result], list[int]]:
         """Send records in one datagram; return their results, and the descriptors that came.
@@ -127,8 +130,7 @@ class SessionSocket:
             DaemonUnreachable: the session has ended.
             DeadlineExceeded: no answer in time.
         """
-        with self._turn:
-            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
+        sequence = self._next_sequence()
         datagram = request(sequence, records, STOP if stop else 0)
         end = time.monotonic() + self._deadline_s
         self._awaited.add(sequence)
@@ -141,6 +143,11 @@ class SessionSocket:
         finally:
             self._awaited.discard(sequence)
         return results(reply), fds
+
+    def _next_sequence(self) -> int:
+        with self._lock:
+            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
+        return sequence
 
     def _is_over(self, sequence: int, sent_at: int) -> bool:
         """Return whether a datagram was answered, or its connection was lost."""
@@ -169,10 +176,10 @@ class SessionSocket:
         away = self._welcome is not None and (self._return is not None or _hung_up(self._sock))
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        with self._turn:
+        with self._lock:
             self._lost = self._lost or partial(self._ended, "this session was closed")
             while self._reading:
-                self._turn.wait()
+                self._wait_turn(None)
             self._sock.close()
             for _, fds in self._replies.values():
                 _close_all(fds)
@@ -184,16 +191,19 @@ class SessionSocket:
     def _send(self, datagram: bytes) -> int:
         """Send it, where there is a connection; return in which time."""
         with self._sending:
+            times = self._times
             if self._return is None:
-                with contextlib.suppress(OSError):
-                    # that it is lost, and why, who reads will find out
+                try:
                     self._sock.send(datagram)
-            return self._times
+                except OSError:
+                    # that it is lost, and why, who reads will find out
+                    return times
+            return times
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait, reading if nobody else does; return whether it is ready."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
-        with self._turn:
+        with self._lock:
             while not ready():
                 if self._lost is not None:
                     raise self._lost()
@@ -201,16 +211,24 @@ class SessionSocket:
                 if left is not None and left <= 0 and timeout_s:
                     return False
                 if self._reading:
-                    if not self._turn.wait(left):
+                    if not self._wait_turn(left):
                         return ready()
                 elif not self._read_one(left):
                     return ready()
             return True
 
+    def _wait_turn(self, timeout_s: float | None) -> bool:
+        """Wait until whoever reads has read something; return whether it has."""
+        self._waiting += 1
+        try:
+            return self._turn.wait(timeout_s)
+        finally:
+            self._waiting -= 1
+
     def _read_one(self, timeout_s: float | None) -> bool:
         """Read a datagram, with the others let go meanwhile; return whether one came."""
         self._reading = True
-        self._turn.release()
+        self._lock.release()
         got: tuple[Datagram, list[int]] | None = None
         lost: Callable[[], Exception] | None = None
         before = self._return
@@ -224,9 +242,10 @@ class SessionSocket:
         except (GaveUp, ProtocolError) as error:
             lost = partial(self._ended, f"the session has ended: {error}")
         finally:
-            self._turn.acquire()
+            self._lock.acquire()
             self._reading = False
-            self._turn.notify_all()
+            if self._waiting:
+                self._turn.notify_all()
         if lost is not None:
             self._lost = self._lost or lost
             return True
@@ -253,6 +272,7 @@ class SessionSocket:
                 return self._not_taken_up(bytes(datagram.body))
             if datagram.kind != Kind.WELCOME:
                 raise ProtocolError(f"kind {datagram.kind} where a WELCOME is expected")
+            _wait_at_most(sock, self._deadline_s)
             with self._sending:
                 # the number stays, for those who poll it
                 os.dup2(sock.fileno(), self._sock.fileno(), inheritable=False)
@@ -269,10 +289,12 @@ class SessionSocket:
         return partial(self._ended, "the session has ended: the daemon hung up")
 
     def _receive(self, timeout_s: float | None) -> tuple[Datagram, list[int]] | None:
-        if timeout_s is not None and not self._readable.poll(max(timeout_s, 0) * 1000):
+        if not self._comes(timeout_s):
             return None
         try:
             n, ancillary, flags, _ = self._take()
+        except BlockingIOError:
+            return None
         except ConnectionResetError:
             # it hung up on what we had sent, which is told before what it said last
             n, ancillary, flags, _ = self._take()
@@ -286,6 +308,16 @@ class SessionSocket:
         except ProtocolError:
             _close_all(fds)
             raise
+
+    def _comes(self, timeout_s: float | None) -> bool:
+        """Wait for something to read, unless the socket itself waits about as long."""
+        whole = self._deadline_s
+        if timeout_s is None:
+            return bool(self._readable.poll())
+        # saves a system call for who has just asked
+        if 0.99 * whole < timeout_s <= whole:
+            return True
+        return bool(self._readable.poll(max(timeout_s, 0) * 1000))
 
     def _take(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
         return self._sock.recvmsg_into([self._buffer], _FDS_ROOM, socket.MSG_CMSG_CLOEXEC)
@@ -319,6 +351,14 @@ class SessionSocket:
         return DeadlineExceeded(
             f"no answer within {self._deadline_s:g} s", code=grpc.StatusCode.DEADLINE_EXCEEDED
         )
+
+
+def _wait_at_most(sock: socket.socket, seconds: float) -> None:
+    """Have reads of a socket end after a time, as if nothing was there."""
+    microseconds = max(int(seconds * 1e6), 1)
+    sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*divmod(microseconds, 10**6))
+    )
 
 
 def _hung_up(sock: socket.socket) -> bool:

@@ -14,10 +14,10 @@ permission calls of non-protected guests are absent; RAM is one region.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import Struct
 
 from rmemd.errors import Reason, RmemError
 from rmemd.hooks import HookTx, HostContext
@@ -74,8 +74,7 @@ class HypVm(NamedTuple):
     dying: bool = False
 
 
-@dataclass(frozen=True)
-class Pages:
+class Pages(Struct, frozen=True):
     """The pages of a request: frames, and the indices of a guest's leaves (else empty)."""
 
     pfns: I64

@@ -7,11 +7,11 @@ order in which EL2 makes them, and what the page is afterwards. ``hypercalls.El2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from errno import EAGAIN, EBUSY, ENOENT, EPERM
 
 import numpy as np
+from msgspec import Struct
 
 from rmemd.units import I64
 from rmemd_pkvm.reasons import EHWPOISON
@@ -35,8 +35,7 @@ ZERO, SOME, FULL = range(3)
 COUNT_NAMES = ("count is 0", "count is not 0", "count is at its maximum")
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One question about each page of a request.
 
     Attributes:
@@ -52,8 +51,7 @@ class Check:
     names: tuple[str, ...] = STATE_NAMES
 
 
-@dataclass(frozen=True)
-class Transition:
+class Transition(Struct, frozen=True):
     """A hypercall on pages: checks in EL2's order, then the new states (``None``: unchanged)."""
 
     checks: tuple[Check, ...]

@@ -15,9 +15,9 @@ for all of its pages, so an injected status meets the batch and not one page in 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import Struct, field
 
 from rmemd.errors import BAD_REQUEST
 from rmemd.hooks import Dense, HookTx, Records, Sparse
@@ -42,8 +42,7 @@ POINTS = (
 NO_PAGES = np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Pamt:
+class Pamt(Struct, frozen=True):
     """Per-frame arrays: the PAMT entry, and whether a page taken from a TD still needs its reset.
 
     Attributes:
@@ -74,8 +73,7 @@ class Streams(dict[bytes, "hashlib._Hash"]):
     """
 
 
-@dataclass(frozen=True)
-class Td:
+class Td(Struct, frozen=True):
     """One TD: its control structure fields, its secure EPT, and the vCPUs that are inside.
 
     Attributes:
@@ -108,8 +106,7 @@ class Td:
         return done
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One check of a leaf: the pages that fail it, with which status and by which rule."""
 
     failed: Bools
@@ -117,8 +114,7 @@ class Check:
     rule: str
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(Struct, frozen=True):
     """What ACCEPT came to: pages done, then the status of the next one, or its TD exit."""
 
     done: int

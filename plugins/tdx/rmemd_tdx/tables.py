@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import errno
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,14 @@ GUEST_HKIDS = range(GLOBAL_HKID + 1, 64)
 PRIVATE_GFNS = 1 << (51 - 12)
 
 
+# found without importlib.resources, which imports the reader of archives with it
+_DATA = Path(__file__).with_name("data")
+
+
 def _rows(name: str) -> list[dict[str, str]]:
-    with (resources.files("rmemd_tdx") / "data" / name).open(encoding="ascii") as file:
-        return list(csv.DictReader(file))
+    with (_DATA / name).open(encoding="ascii") as file:
+        columns, *rows = csv.reader(file)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _flag(rows: list[dict[str, str]], column: str) -> Bools:
