@@ -42,6 +42,7 @@ class Sparse:
         self.name = spec.name
         self.dtype = np.dtype(spec.dtype)
         self.fill_value = spec.fill
+        self._of_bytes = self.dtype == np.uint8
         self._nodes: dict[int, _Kept] = {}
 
     # --- reading -----------------------------------------------------------------------------
@@ -236,12 +237,12 @@ class Sparse:
             node = self._nodes.get(start >> NODE_PAGES_SHIFT)
             if type(node) is Node:
                 slot = node.slots.item((start >> LEAF_SHIFT) & (LEAVES - 1))
-                if slot >= 0:
+                if slot >= 0 and self._of_bytes:
                     # so it is as a rule, and the way by others' functions would take longer
                     at |= slot << LEAF_SHIFT
-                    part = node.entries[at : at + n]
-                    old = part.copy()
-                    part.fill(value)
+                    part = node.raw[at : at + n]
+                    old = part.tobytes()
+                    part[:] = bytes((value,)) * n
                     return "store", (start, old)
             return "store", (start, self._store(start, n, int(value)))
         if op == "put":
@@ -249,8 +250,9 @@ class Sparse:
             return "put", (indices, self._put(indices, np.asarray(values, dtype=self.dtype)))
         if op == "store":
             start, values = args
-            old = self._store(start, len(values), np.asarray(values, dtype=self.dtype))
-            return "store", (start, old)
+            if type(values) is bytes:
+                values = np.frombuffer(values, dtype=self.dtype)
+            return "store", (start, self._store(start, len(values), np.asarray(values, self.dtype)))
         start, n, pieces = args
         for piece in pieces:
             self._restore(piece)

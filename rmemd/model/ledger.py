@@ -105,7 +105,10 @@ class Ledger:
 
     def holders(self, pfn: int) -> tuple[Holder, ...]:
         """Return who holds a frame, the page cache not included."""
-        found = ((entry, self._count_at(entry, pfn)) for entry in self.entries())
+        found = (
+            (entry, int(_has(runs, pfn)) if runs else self._table(entry).at(pfn))
+            for entry, runs in self._entries.items()
+        )
         return tuple(
             Holder(entry.holder, entry.purpose, n, entry.longterm) for entry, n in found if n
         )
@@ -127,10 +130,6 @@ class Ledger:
         table = self._table(entry)
         pfns = table.touched(0, self._host.nframes)
         return pfns, table.get(pfns)
-
-    def _count_at(self, entry: Entry, pfn: int) -> int:
-        runs = self._entries[entry]
-        return int(_has(runs, pfn)) if runs else self._table(entry).at(pfn)
 
     def _add(self, tx: Tx, entry: Entry, pfns: I64, change: np.uint32) -> None:
         if not pfns.size:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
-from msgspec import msgpack
+from msgspec import Struct, msgpack
+from msgspec.structs import astuple
 
 from rmemd.consumers.guard import Guard
 from rmemd.engine.core import Options
 from rmemd.engine.engine import Engine
-from rmemd.hooks.writes import TableSpec, Write
+from rmemd.hooks.writes import Write
 from rmemd.model.files import FLAG_INIT_SHARED, FLAG_MMAP
 from rmemd.store.codec import Record, decode, encode_record
 from rmemd.store.log import Log
@@ -122,8 +122,8 @@ def _plain(value: Any) -> Any:
         return value.tobytes()
     if isinstance(value, tuple | list):
         return [_plain(one) for one in value]
-    if isinstance(value, TableSpec) or is_dataclass(value):
-        return astuple(value)  # type: ignore[arg-type]
+    if isinstance(value, Struct):
+        return _plain(astuple(value))
     return value
 
 
