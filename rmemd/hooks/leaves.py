@@ -34,14 +34,16 @@ class Node:
         uniform: the value of each leaf that is not mixed.
         slots: which 4096 entries of ``entries`` a leaf has, -1 if it is uniform; int16.
         entries: what the mixed leaves hold, and room; it is another array once there are more.
-        raw: its memory, of which a few bytes are taken and put in half of an array's time.
+        slot_of, raw: the memory of either, of which a few are read and written in half of an
+            array's time.
     """
 
-    __slots__ = ("_free", "entries", "raw", "slots", "uniform")
+    __slots__ = ("_free", "entries", "raw", "slot_of", "slots", "uniform")
 
     def __init__(self, dtype: DTypeLike, value: int) -> None:
         self.uniform: Array = np.full(LEAVES, value, dtype=dtype)
         self.slots: NDArray[np.int16] = np.full(LEAVES, -1, dtype=np.int16)
+        self.slot_of: memoryview[int] = self.slots.data
         self._hold(np.empty(0, dtype=dtype))
         self._free: list[int] = []
 
@@ -107,7 +109,7 @@ class Node:
 
     def row(self, leaf: int) -> Array | None:
         """Return a view of a mixed leaf's entries, valid until another becomes mixed."""
-        slot = self.slots.item(leaf)
+        slot = self.slot_of[leaf]
         return None if slot < 0 else self.entries[slot << LEAF_SHIFT : (slot + 1) << LEAF_SHIFT]
 
     def own(self, leaf: int) -> Array:

@@ -30,6 +30,8 @@ from rmemd.units import I64
 
 # up to so many entries are kept and handled one by one: numpy would cost more
 FEW = 16
+# every byte there is
+_BYTES = {value: bytes((value,)) for value in range(256)}
 # what is kept of a node: one value, a few entries by index while the rest is fill, or all
 _Kept = int | dict[int, int] | Node
 
@@ -54,7 +56,7 @@ class Sparse:
         if isinstance(node, dict):
             return node.get(index, self.fill_value)
         leaf = (index >> LEAF_SHIFT) & (LEAVES - 1)
-        slot = node.slots.item(leaf)
+        slot = node.slot_of[leaf]
         if slot < 0:
             return int(node.uniform[leaf])
         value: int = node.entries.item(slot << LEAF_SHIFT | index & (LEAF - 1))
@@ -236,13 +238,13 @@ class Sparse:
                 return "restore", (start, n, self._fill(start, start + n, int(value)))
             node = self._nodes.get(start >> NODE_PAGES_SHIFT)
             if type(node) is Node:
-                slot = node.slots.item((start >> LEAF_SHIFT) & (LEAVES - 1))
+                slot = node.slot_of[(start >> LEAF_SHIFT) & (LEAVES - 1)]
                 if slot >= 0 and self._of_bytes:
                     # so it is as a rule, and the way by others' functions would take longer
                     at |= slot << LEAF_SHIFT
                     part = node.raw[at : at + n]
                     old = part.tobytes()
-                    part[:] = bytes((value,)) * n
+                    part[:] = _BYTES[value] * n
                     return "store", (start, old)
             return "store", (start, self._store(start, n, int(value)))
         if op == "put":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -233,8 +233,13 @@ def map_of_ranges() -> Iterator[Figure]:
 
     def ours() -> float:
         writes = [(page, UPDATE, page & 1) for page in _anywhere(len(taken))]
-        taken.append(_busy(lambda: [table.apply("fill", args) for args in writes]))
+        taken.append(_busy(lambda: update_all(writes)))
         return taken[-1]
+
+    def update_all(writes: Sequence[tuple[int, int, int]]) -> None:
+        # what takes an update back lives as long as its transaction, which has one or two
+        for args in writes:
+            table.apply("fill", args)
 
     def plainly() -> float:
         # nearly every turn finds a map that is as fine as it was
