@@ -332,11 +332,16 @@ def figures_section() -> str:
 
 
 def _ratio(figure: dict[str, float]) -> str:
-    return f"{figure['ratio_median']:.3g}"
+    return _short(figure["ratio_median"])
 
 
 def _spread(figure: dict[str, float]) -> str:
-    return f"{figure['ratio_min']:.3g} to {figure['ratio_max']:.3g}"
+    return f"{_short(figure['ratio_min'])} to {_short(figure['ratio_max'])}"
+
+
+def _short(ratio: float) -> str:
+    # no "-0"
+    return f"{ratio:,.0f}" if ratio >= 1000 else f"{round(ratio, 3) + 0.0:.3g}"
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def main() -> int:
         print(f"no figure of goals {sorted(absent)}: run `make bench` first", file=sys.stderr)
         return 1
     (DOCS / "bench.jsonl").write_text(text)
-    draw([figure for figure in figures if figure.bar is not None])
+    draw([figure for figure in figures if number(figure) and figure.bar is not None])
     for shown in (DOCS / "scale").glob("*.svg"):
         shutil.copy(BUILD / "scale" / shown.name, shown)
     return subprocess.run([sys.executable, str(DOCS / "build.py")], check=False).returncode
@@ -51,7 +51,7 @@ def beyond(ratio: float, figure: Figure) -> float:
 
 
 def draw(figures: Sequence[Figure]) -> None:
-    """Draw every figure that has a bar, beside its bar, into docs/bench.svg."""
+    """Draw every goal's figures that have a bar, beside that, into docs/bench.svg."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -72,7 +72,7 @@ def draw(figures: Sequence[Figure]) -> None:
     plot.xaxis.set_minor_formatter(NullFormatter())
     plot.set_yticks(range(len(figures)), [figure.goal for figure in figures])
     plot.set_ylim(len(figures) - 0.4, -0.6)
-    plot.set_xlabel("times the bar, on a logarithmic scale; lines: least and most of the rounds")
+    plot.set_xlabel("times the bar; lines: least to most")
     holding = sum(bool(figure.holds) for figure in figures)
     chart.suptitle(
         f"{holding} of {len(figures)} figures are within their bar (left of the line)",
