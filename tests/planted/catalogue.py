@@ -478,7 +478,7 @@ _TABLE = (
         "death-takes-others-pins", DEATH, "rmemd.engine.sessions",
         "        for pin in core.sessions.pins_of(info.session):",
         "        for pin in core.sessions.pins():",
-        "an_end_touches_nobody_else",
+        "an_end_touches_nobody_else", "I14",
     ),
     Mutant(
         "death-leaves-pins", DEATH, "rmemd.engine.sessions",
