@@ -25,8 +25,8 @@ WATCHED: Mapping[str, Mapping[str, float | None]] = {
         "unary PreFault of a mapped page / Empty on a bare server, 1 core": 1.9,
     },
     "session": {
-        "3 pin, release / unary Empty, 1 core": 0.5,
-        "3 get, put / unary Empty, 1 core": 0.5,
+        "3 pin, release / unary Empty, 1 core": 0.42,
+        "3 get, put / unary Empty, 1 core": 0.42,
         "3 read / unary Empty, 1 core": 0.2,
     },
     "records": {
@@ -34,7 +34,7 @@ WATCHED: Mapping[str, Mapping[str, float | None]] = {
         "records: a pin or an unpin among 4096 others / among 64": None,
     },
     "encryption": {"10 encryption, portable / one Cipher per page": None},
-    "dispatch": {"12 a consumer's hook / pluggy's call of 3": 0.35},
+    "dispatch": {"12 a consumer's hook / pluggy's call of 3": None},
 }
 
 
