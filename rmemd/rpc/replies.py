@@ -26,6 +26,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import cache
 
 import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -49,8 +50,7 @@ REPLIES = "replies"
 RPC = "rpc"
 PASSING = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE})
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
-# the same in every daemon, as the one after this has to know its calls
-_TAGS, _NONCE, _TAG_BYTES = AESGCM(bytes(16)), bytes(12), 16
+_NONCE, _TAG_BYTES = bytes(12), 16
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -410,7 +410,16 @@ def _digest(method: str, data: bytes) -> bytes:
     Of a large request a tag takes a tenth of a SHA-256's time, which would be a fifteenth of the
     call's. Its key is no secret: who makes two calls of one tag gets their own answer to the other.
     """
-    return _TAGS.encrypt(_NONCE, method.encode(), data)[-_TAG_BYTES:]
+    return _tags().encrypt(_NONCE, method.encode(), data)[-_TAG_BYTES:]
+
+
+@cache
+def _tags() -> AESGCM:
+    """Return what makes tags: the same in every daemon, as the next has to know our calls.
+
+    It is made with the first call, since OpenSSL sets itself up with its first key.
+    """
+    return AESGCM(bytes(16))
 
 
 def _request_id(context: grpc.ServicerContext) -> str | None:
