@@ -33,6 +33,7 @@ from tests.bench.harness import (
     LeftOut,
     alone,
     bare_grpc,
+    busy,
     in_turn,
     on_cpus,
     paired,
@@ -270,6 +271,4 @@ def _set(boundaries: SortedDict[int, int], start: int, end: int, value: int) -> 
 
 def _busy(function: Callable[[], object]) -> float:
     """Return the processor seconds of this thread that a call takes: nothing here waits."""
-    begun = time.thread_time()
-    function()
-    return time.thread_time() - begun
+    return busy(function)()

@@ -12,7 +12,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from cryptography.hazmat.primitives.ciphers.modes import XTS
 from rmemd.store.helper import helper
 from rmemd.store.xts import PageCipher
 from rmemd.units import I64, PAGE_SIZE, U8
-from tests.bench.harness import Figure, LeftOut, in_turn, on_cpus, paired
+from tests.bench.harness import Figure, LeftOut, busy, in_turn, on_cpus, paired
 
 KEY = bytes(range(64))
 PAGES = 4096
@@ -52,8 +51,8 @@ def figures(folder: Path, quick: bool) -> Iterator[Figure | LeftOut]:
         for number, (way, cipher) in zip(("10 ", ""), ways.items(), strict=False):
             yield in_turn(
                 f"{number}encryption, {way} / one Cipher per page",
-                _busy(lambda cipher=cipher: cipher.encrypt(pfns, rows)),
-                _busy(lambda: one_by_one(pfns, rows)), per=npages,
+                busy(lambda cipher=cipher: cipher.encrypt(pfns, rows)),
+                busy(lambda: one_by_one(pfns, rows)), per=npages,
                 bar=PORTABLE_BAR if way == "portable" else None,
             )  # fmt: skip
         yield _against_c(folder, ways.get("compiled"), pfns, rows, expected)
@@ -83,20 +82,9 @@ def _against_c(
     floor(pfns, rows, kept)
     np.testing.assert_array_equal(kept, expected)
     return in_turn(
-        goal, _busy(lambda: cipher.encrypt(pfns, rows)), _busy(lambda: floor(pfns, rows, kept)),
+        goal, busy(lambda: cipher.encrypt(pfns, rows)), busy(lambda: floor(pfns, rows, kept)),
         per=pfns.size, bar=COMPILED_BAR, unit="pages/s",
     )  # fmt: skip
-
-
-def _busy(function: Callable[[], object]) -> Callable[[], float]:
-    """Return a function that calls this one and returns the processor time of that, in seconds."""
-
-    def seconds() -> float:
-        begun = time.thread_time()
-        function()
-        return time.thread_time() - begun
-
-    return seconds
 
 
 def _c_loop(folder: Path, compiler: str, libcrypto: str) -> Callable[[I64, U8, U8], None]:
