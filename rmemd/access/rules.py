@@ -7,6 +7,7 @@ is refused as what does not exist, in the same words.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
@@ -126,12 +127,12 @@ def admit(core: Core, caller: Caller, name: str, request: Any) -> None:
             f"{name} is not for the {caller.role} role", state=f"role {caller.role}",
             rule="one table says which call is for whom",
         )  # fmt: skip
-    if rule.scopes and not (rule.any_for_admins and caller.is_admin):
+    if rule.scopes and not (rule.any_for_admins and caller.role == ADMIN):
         # under the lock: beside it an object may be half destroyed, and be there again if undone
-        core.read(lambda: _look(core, rule, caller, request))
+        core.read(partial(_look, rule, caller, request))
 
 
-def _look(core: Core, rule: Rule, caller: Caller, request: Any) -> None:
+def _look(rule: Rule, caller: Caller, request: Any, core: Core) -> None:
     for scope in rule.scopes:
         scope(core, caller, request)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 
 RESULTS = "results"
 PROGRESS = "progress"
-Run = tuple[Hashable, int]
+# what names a call, and a run of it: the call's name with the run's number behind it
+Key = tuple[Hashable, ...]
+Run = tuple[Hashable, ...]
+# a result as a journal keeps it: what it is, then itself or, of an object of the model, its number
+Named = tuple[str, Any]
+_PLAIN, _VM, _FILE = "", "vm", "file"
 
 
 class _Current(threading.local):
     def __init__(self) -> None:
-        self.key: Hashable | None = None
+        self.key: Key | None = None
         self.runs = 0
 
 
@@ -41,7 +46,7 @@ class _Naming:
 
     __slots__ = ("_before", "_current", "_key")
 
-    def __init__(self, current: _Current, key: Hashable) -> None:
+    def __init__(self, current: _Current, key: Key) -> None:
         self._current = current
         self._key = key
 
@@ -59,42 +64,54 @@ class Calls:
 
     def __init__(self, notes: Notes) -> None:
         self._notes = notes
+        self._results = notes.of_kind(RESULTS)
+        self._progress = notes.of_kind(PROGRESS)
         self._current = _Current()
-        self._by_call: dict[Hashable, list[Run]] = {}
+        self._by_call: dict[Key, list[Run]] = {}
 
-    def of(self, key: Hashable) -> _Naming:
+    def of(self, key: Key) -> _Naming:
         """Have this thread's runs, in a ``with`` block, be those of a call; ``key`` is plain."""
         return _Naming(self._current, key)
 
+    def name(self, key: Key | None) -> None:
+        """Have this thread's runs from now on be those of a call; None: of none."""
+        current = self._current
+        current.key, current.runs = key, 0
+
     def next_run(self) -> Run | None:
         """Return the name of the run that begins; None if it is of no named call."""
-        if self._current.key is None:
+        current = self._current
+        key = current.key
+        if key is None:
             return None
-        self._current.runs += 1
-        return self._current.key, self._current.runs
+        current.runs = number = current.runs + 1
+        return *key, number
 
     def is_repeat(self) -> bool:
         """Return whether the run that this thread makes next was made before the daemon died."""
-        key = self._current.key
-        return key is not None and self.is_known((key, self._current.runs + 1))
+        current = self._current
+        key = current.key
+        # of a call that begins there is nothing
+        return key in self._by_call and self.is_known((*key, current.runs + 1))
 
-    def unanswered(self) -> list[Hashable]:
+    def unanswered(self) -> list[Key]:
         """Return the calls that have results, oldest first."""
         return list(self._by_call)
 
     def is_known(self, run: Run) -> bool:
         """Return whether a run was made before the daemon died, and came to something."""
-        # of a call that begins there is nothing
-        return run[0] in self._by_call and self._notes.get(RESULTS, run) is not None
+        return run in self._results
 
-    def known(self, run: Run) -> tuple[Any, int]:
+    def known(self, run: Run) -> tuple[Named, int]:
         """Return what a run that is known came to the first time, and at which revision."""
-        return cast("tuple[Any, int]", self._notes.get(RESULTS, run))
+        kind, value, revision = self._results[run]
+        return (kind, value), revision
 
-    def came_to(self, run: Run, result: Any, revision: int) -> None:
+    def came_to(self, run: Run, result: Named, revision: int) -> None:
         """Note what a run came to, at which revision, in the frame of its last record."""
-        self._notes.set(RESULTS, run, (result, revision), flush=False)
-        self._by_call.setdefault(run[0], []).append(run)
+        kind, value = result
+        self._notes.set(RESULTS, run, (kind, value, revision), flush=False)
+        self._by_call.setdefault(run[:-1], []).append(run)
 
     def came_to_nothing(self, run: Run) -> None:
         """Take back what a run was to come to: it was refused after all."""
@@ -102,14 +119,15 @@ class Calls:
 
     def got_before(self, run: Run) -> int:
         """Return how far a run got when it was made before, 0 if it was not."""
-        return int(self._notes.get(PROGRESS, run, 0))
+        done: int = self._progress.get(run, 0)
+        return done
 
     def got_to(self, run: Run, done: int) -> None:
         """Note how far a run has got, in the frame of its last record."""
         self._notes.set(PROGRESS, run, done, flush=False)
-        self._by_call.setdefault(run[0], []).append(run)
+        self._by_call.setdefault(run[:-1], []).append(run)
 
-    def forget(self, key: Hashable) -> None:
+    def forget(self, key: Key) -> None:
         """Forget a call's results: its answer is kept, or has arrived.
 
         The journal is not told. A daemon that reads them back must see from the answers that it
@@ -117,21 +135,14 @@ class Calls:
         """
         for run in self._by_call.pop(key, ()):
             self._notes.let_go(RESULTS, run)
-            if self._notes.get(PROGRESS, run) is not None:
+            if run in self._progress:
                 self._notes.drop(PROGRESS, run)
 
     def restore(self) -> None:
         """Take over the results that a journal had."""
         self._by_call.clear()
-        for run, _ in self._notes.items(RESULTS) + self._notes.items(PROGRESS):
-            self._by_call.setdefault(run[0], []).append(run)
-
-
-class _View(Struct, frozen=True):
-    """An object of the model, which a journal keeps by its number."""
-
-    kind: str
-    number: int
+        for run in (*self._results, *self._progress):
+            self._by_call.setdefault(run[:-1], []).append(run)
 
 
 class _Refused(Struct, frozen=True):
@@ -144,30 +155,35 @@ class _Refused(Struct, frozen=True):
     errno: int
 
 
-def named(result: Any) -> Any:
+def named(result: Any) -> Named:
     """Return a result as a journal keeps it: by numbers and names instead of objects."""
+    if result is None or type(result) is int:
+        return _PLAIN, result
     refusal = getattr(result, "refusal", None)
     if isinstance(refusal, RmemError):
         bare = replace(result, refusal=None)
-        return _Refused(bare, refusal.reason.name, refusal.message, refusal.details, refusal.errno)
+        return _PLAIN, _Refused(
+            bare, refusal.reason.name, refusal.message, refusal.details, refusal.errno
+        )
     if isinstance(result, Vm):
-        return _View("vm", result.info.vm)
+        return _VM, result.info.vm
     if isinstance(result, RestrictedFile):
-        return _View("file", result.info.file)
-    return result
+        return _FILE, result.info.file
+    return _PLAIN, result
 
 
-def looked_up(core: Core, kept: Any) -> Any:
+def looked_up(core: Core, result: Named) -> Any:
     """Return the result that was kept.
 
     Raises:
         NotFound: NO_SUCH_VM, NO_SUCH_FILE; what was made is gone by now.
     """
+    kind, kept = result
     if isinstance(kept, _Refused):
         made = REASONS[kept.reason](kept.message, errno=kept.errno)
         return replace(
             kept.result, refusal=type(made)(made.reason, made.message, kept.details, kept.errno)
         )
-    if not isinstance(kept, _View):
+    if kind == _PLAIN:
         return kept
-    return core.vms.get(kept.number) if kept.kind == "vm" else core.files.get(kept.number)
+    return core.vms.get(kept) if kind == _VM else core.files.get(kept)

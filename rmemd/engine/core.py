@@ -5,8 +5,7 @@ Owns ``Core``, which every operation is written against; ``driver`` is how opera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,6 +86,25 @@ class Options(Struct, frozen=True):
         return {name: getattr(self, name) for name in FACTS}
 
 
+class _Transaction:
+    """The block in which a transaction is open."""
+
+    __slots__ = ("_core", "_tx")
+
+    def __init__(self, core: Core, label: str) -> None:
+        self._core = core
+        self._tx = Tx(core.space, label)
+
+    def __enter__(self) -> Tx:
+        return self._tx
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._core.commit(self._tx)
+        else:
+            self._core.undo(self._tx)
+
+
 class Core(Driver):
     """State, stores and the rules by which they are changed.
 
@@ -135,10 +153,10 @@ class Core(Driver):
         self.registry = Registry(self.space, guard, self)
         tx = Tx(self.space, "start", reopening=self.read_back is not None)
         self.host = Host(self.space, tx, options.nframes, options.nnodes)
-        self.ledger = Ledger(self.host, tx)
+        self.sessions = Sessions(tx)
+        self.ledger = Ledger(self.host, self.sessions, tx)
         self.files = Files(self.space, tx)
         self.vms = Vms(self.space, tx)
-        self.sessions = Sessions(tx)
         self.userfaults = Userfaults(tx)
         self.pending_faults = PendingFaults(self.userfaults)
         self.registry.load_installed(tx, options.nframes, options.plugins)
@@ -155,17 +173,23 @@ class Core(Driver):
             self.journal.flush()
 
     # --- transactions ------------------------------------------------------------------------
-    @contextmanager
-    def tx(self, label: str) -> Iterator[Tx]:
+    def tx(self, label: str) -> _Transaction:
         """Open a transaction; commit it at the end of the block, undo it on any exception.
 
         Bytes that were named and not moved in a step are moved here, under the lock.
         """
-        tx = Tx(self.space, label)
+        return _Transaction(self, label)
+
+    def commit(self, tx: Tx) -> None:
+        """Have a transaction be recorded, and those told who are told of each.
+
+        Raises:
+            BaseException: it cannot be, and is undone.
+        """
         try:
-            yield tx
-            # what was named after the last step, or by an operation that has none
-            self.controller.apply(tx, self._perform(tx))
+            if tx.byte_ops:
+                # what was named after the last step, or by an operation that has none
+                self.controller.apply(tx, self._perform(tx))
             if self.tracer is not None:
                 self.tracer.committing()
             self._freeze_overdue(tx)
@@ -174,14 +198,9 @@ class Core(Driver):
                 self._name_tenants(tx)
                 self.journal.append(tx)
         except BaseException:
-            if tx in self.space.holders:
-                tx.release()
-            else:
-                tx.rollback()
-            self._put_off += [partial(self._empty, pfns) for pfns in tx.written]
+            self.undo(tx)
             raise
-        finally:
-            tx.views.clear()
+        tx.views.clear()
         if committed:
             if self.tracer is not None:
                 self.tracer.committed(tx)
@@ -189,7 +208,17 @@ class Core(Driver):
                 self.watch.committed(tx)
             if self.pending_faults.waiting:
                 self.pending_faults.settle()
-        self._scrub.extend(tx.freed)
+        if tx.freed:
+            self._scrub += tx.freed
+
+    def undo(self, tx: Tx) -> None:
+        """Take back a transaction; the bytes that it moved are destroyed later."""
+        if tx in self.space.holders:
+            tx.release()
+        else:
+            tx.rollback()
+        tx.views.clear()
+        self._put_off += [partial(self._empty, pfns) for pfns in tx.written]
 
     def _name_tenants(self, tx: Tx) -> None:
         """Have each event say whose it is, so that nobody else is told."""
@@ -200,6 +229,15 @@ class Core(Driver):
                     fields["tenant"] = self.vms.get(vm).info.owner.tenant
                 elif file and self.files.exists(file):
                     fields["tenant"] = self.files.get(file).info.owner.tenant
+
+    def at_once(self, act: Callable[[], T]) -> Steps[T]:
+        """Do what never lets the lock go, again from the start while others are in its way."""
+        while True:
+            try:
+                return act()
+            except (Held, Retry) as met:
+                on = self.waits.obstacle(met)
+            yield Step("wait", wait=True, on=on)
 
     def unit(
         self, make: Callable[[], Steps[T]], give_up: Callable[[], bool] = lambda: False
@@ -274,11 +312,15 @@ class Core(Driver):
 
         yield from self.unit(one)
 
-    def scrub(self) -> Steps[None]:
+    def scrub(self) -> Iterable[Step]:
         """Destroy the bytes of frames whose freeing is recorded, then give the frames back.
 
         If the system refuses, the next operation tries again; nobody gets the frames until then.
         """
+        # most of the time there are none, and the steps of nothing cost as much as a look-up
+        return self._scrubbed() if self._scrub or self._put_off else ()
+
+    def _scrubbed(self) -> Steps[None]:
         put_off, self._put_off = self._put_off, []
         for then in put_off:
             yield from self.destroy(then)

@@ -9,9 +9,9 @@ steps. Whatever was recorded is in the log before the lock goes, and before a ca
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 from msgspec import Struct, field
 
@@ -110,7 +110,7 @@ class Driver:
     rules: FaultRules
     controller: MemoryController
     answered: Answered
-    scrub: Callable[[], Steps[None]]
+    scrub: Callable[[], Iterable[Step]]
     destroy: Callable[[Callable[[], Steps[None]]], Steps[None]]
 
     def __init__(self) -> None:
@@ -223,11 +223,11 @@ class Driver:
         if run is not None:
             self.calls.got_to(run, done)
 
-    def will_come_to(self, result: object) -> None:
+    def will_come_to(self, outcome: object) -> None:
         """Note what the present run will come to, as reopening finishes it if need be."""
         run = self.waits.current.run
         if run is not None:
-            self.calls.came_to(run, result, self.journal.revision)
+            self.calls.came_to(run, named(outcome), self.journal.revision)
 
     def comes_to_nothing(self) -> None:
         """Take back ``will_come_to``: the run is refused after all."""
@@ -235,11 +235,16 @@ class Driver:
         if run is not None:
             self.calls.came_to_nothing(run)
 
-    def read(self, query: Callable[[], T]) -> tuple[int, T]:
-        """Run a query under the lock; return the revision it saw, and its result."""
-        with self._lock:
+    def read(self, query: Callable[[Self], T]) -> tuple[int, T]:
+        """Run a query of this core under the lock; return the revision it saw, and its result."""
+        # not by with: to let the lock go costs nothing by its own method
+        lock = self._lock
+        lock.acquire()
+        try:
             revision = self.answered.revision = self.journal.revision
-            return revision, query()
+            return revision, query(self)
+        finally:
+            lock.release()
 
     def wait_for_revision(self, revision: int, timeout: float) -> int:
         """Wait until the revision is past ``revision``; return the present one."""

@@ -70,6 +70,7 @@ class Engine:
     """A host with its VMs. ``core`` is there for queries and tests.
 
     Attributes:
+        read: runs a query of the core under the lock; returns the revision it saw, and its result.
         last_check: what the last check of the invariants came to, whoever asked for it.
         checks: how many there were.
         recovered: what reopening the state of an earlier process found and did, None if it is new.
@@ -77,6 +78,7 @@ class Engine:
 
     def __init__(self, options: Options, guard: Guard, keeping: Keeping | None = None) -> None:
         self.core = Core(options, guard, keeping or Keeping())
+        self.read = self.core.read
         self.recovered: Recovered | None = None
         if self.core.read_back is not None:
             self.recovered = self.core.run(partial(reopen.settle, self.core, self.core.read_back))
@@ -97,10 +99,6 @@ class Engine:
         ``core.answered.begin``.
         """
         return self.core.answered.revision or self.revision
-
-    def read(self, query: Callable[[Core], T]) -> tuple[int, T]:
-        """Run a query under the lock; return the revision it saw, and its result."""
-        return self.core.read(lambda: query(self.core))
 
     def settle(self, act: Callable[[Core], T]) -> T:
         """Do something short under the lock, once for a call that is repeated. ALL."""

@@ -34,7 +34,7 @@ class FairLock:
     def acquire(self) -> bool:
         """Take the lock, once more if it is ours."""
         taken: bool
-        if self.is_owned() or not self._turn.locked():
+        if not self._turn.locked() or self.is_owned():
             # where nobody waits there is no turn to wait for
             taken = self._lock.acquire(False)
             if taken:

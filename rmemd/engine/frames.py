@@ -10,6 +10,7 @@ import numpy as np
 
 from rmemd.engine.core import Core
 from rmemd.errors import HW_POISON
+from rmemd.hooks.tables import Sparse
 from rmemd.hooks.tx import Tx
 from rmemd.model import buddy
 from rmemd.model.files import RestrictedFile
@@ -19,6 +20,8 @@ from rmemd.units import I64, Bools, distinct
 
 MPOL_BIND = 2
 MPOL_INTERLEAVE = 3
+# as a plain number, which is quicker
+_POISON = int(POISON)
 
 
 def find(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool) -> I64:
@@ -29,6 +32,8 @@ def find(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool) -
         Poisoned: HW_POISON; a page's frame is poisoned.
     """
     table = file.half(private)
+    if pgoffs.size == 1 and (there := one_there(core, table, pgoffs.item())) is not None:
+        return there
     pfns = np.asarray(table.get(pgoffs), dtype=np.int64) - 1
     holes = pfns < 0
     if np.count_nonzero(holes):
@@ -37,6 +42,17 @@ def find(core: Core, tx: Tx, file: RestrictedFile, pgoffs: I64, private: bool) -
     if np.count_nonzero(poisoned):
         refuse_poisoned(file, pgoffs[poisoned], pfns[poisoned])
     return pfns
+
+
+def one_there(core: Core, table: Sparse, pgoff: int) -> I64 | None:
+    """Return the frame of one page, shape (1,), if it is there and sound, else None.
+
+    Most calls are about one such page, and scalars cost a tenth of arrays for it.
+    """
+    pfn = table.at(pgoff) - 1
+    if pfn < 0 or core.host.flags.at(pfn) & _POISON:
+        return None
+    return np.array([pfn])
 
 
 def refuse_poisoned(file: RestrictedFile, pgoffs: I64, pfns: I64) -> None:
@@ -112,6 +128,8 @@ def free_orphans(core: Core, tx: Tx, pfns: I64) -> None:
     """Free those frames that have neither owner nor reference any more."""
     host = core.host
     # seldom any: what else there is to know of a frame is asked of those without an owner
+    if pfns.size == 1 and host.owner.at(pfns.item()):
+        return
     pfns = pfns[host.owner.get(pfns) == 0]
     if pfns.size:
         in_use = np.isin(host.use.get(pfns), (Use.PRIVATE, Use.SHARED))

@@ -126,13 +126,12 @@ def sessions(core: Core) -> Iterator[str]:
     I17: what a device is granted lies inside its file.
     """
     alive = {info.session for info in core.sessions.all()}
-    pins = {pin.holder: pin for pin in core.sessions.pins()}
-    for pin in pins.values():
+    for pin in core.sessions.pins():
         if pin.owner.session and pin.owner.session not in alive:
             yield f"I14: pin {pin.pin} is of session {pin.owner.session}, which is gone"
     labels = {info.label for info in core.sessions.all()}
     for entry in core.ledger.entries():
-        if entry.holder.startswith("session ") and entry.holder not in labels | pins.keys():
+        if entry.holder.startswith("session ") and entry.holder not in labels:
             yield f"I14: {entry.holder} holds pages ({entry.purpose}), and is gone"
     owners = [(vm.info.label, vm.info.owner) for vm in core.vms.all()]
     owners += [(f"file/{file.info.file}", file.info.owner) for file in core.files.all()]

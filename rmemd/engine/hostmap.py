@@ -28,13 +28,12 @@ def read_shared(
 ) -> Steps[bytes]:
     """Read through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
 
-    def one() -> Steps[bytes]:
-        yield from ()
+    def one() -> bytes:
         require_granted(core, session, number, offset, length, write=False)
         file, _ = touch(core, number, offset, length, write=False)
         return core.shared_memory(file).read_bytes(offset, length)
 
-    return (yield from userfault.unit(core, one))
+    return userfault.at_once(core, one)
 
 
 def write_shared(
@@ -42,13 +41,12 @@ def write_shared(
 ) -> Steps[None]:
     """Write through the host's mapping: faults pages in like one, refuses like one (SIGBUS)."""
 
-    def one() -> Steps[None]:
-        yield from ()
+    def one() -> None:
         require_granted(core, session, number, offset, len(data), write=True)
         file, _ = touch(core, number, offset, len(data), write=True)
         core.shared_memory(file).write_bytes(offset, data)
 
-    yield from userfault.unit(core, one)
+    return userfault.at_once(core, one)
 
 
 def require_granted(
@@ -133,6 +131,8 @@ def touch(
             rule="restrictedmem.md §2: host fault",
         )  # fmt: skip
     core.ranges.require_idle("file", number, start, npages)
+    if npages == 1 and (one := _one_there(core, file, start)) is not None:
+        return file, one
     wanted = pages(start, npages)
     if file.info.in_place:
         private = _private_pages(file, wanted)
@@ -159,6 +159,13 @@ def touch(
             settle(core, tx, file, holes, pfns)
         found[~there] = pfns
     return file, found
+
+
+def _one_there(core: Core, file: RestrictedFile, pgoff: int) -> I64 | None:
+    """Return the frame of one page, shape (1,), if a touch finds it there, else None."""
+    if file.info.in_place and file.attributes.at(pgoff) == PRIVATE:
+        return None
+    return frames.one_there(core, file.half(private=False), pgoff)
 
 
 def _private_pages(file: RestrictedFile, wanted: I64) -> I64:

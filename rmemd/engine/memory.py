@@ -288,13 +288,12 @@ def forget(core: Core, numbers: list[int]) -> Steps[None]:
 
 
 def _close(core: Core, number: int, session: int) -> Steps[tuple[int, bool]]:
-    def one() -> Steps[tuple[int, bool]]:
-        yield from ()
+    def one() -> tuple[int, bool]:
         alone = _is_alone(core, number, session)
         with core.tx("close file") as tx:
             return drop(core, tx, number), alone
 
-    return (yield from core.unit(one))
+    return core.at_once(one)
 
 
 def drop(core: Core, tx: Tx, number: int) -> int:

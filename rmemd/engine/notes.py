@@ -7,7 +7,7 @@ revision, no watcher is told of them, and a replayed run need not have the same.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from rmemd.engine.fairlock import FairLock
@@ -31,6 +31,10 @@ class Notes:
     def get(self, kind: str, key: Hashable, default: Any = None) -> Any:
         """Return a note, or ``default``."""
         return self._kinds.get(kind, {}).get(key, default)
+
+    def of_kind(self, kind: str) -> Mapping[Any, Any]:
+        """Return the notes of a kind as they are at any time, to look them up by key."""
+        return self._kinds.setdefault(kind, {})
 
     def items(self, kind: str) -> list[tuple[Any, Any]]:
         """Return the notes of a kind, oldest first."""
@@ -57,17 +61,17 @@ class Notes:
     def let_go(self, kind: str, key: Hashable) -> None:
         """Forget a note without a word in the journal: who reads it back must know that it is over.
 
-        That is cheaper, and the next checkpoint is without it.
+        That is cheaper, and the next checkpoint is without it. It takes no lock.
         """
-        with self._lock:
-            self._kinds.get(kind, {}).pop(key, None)
+        self._kinds.get(kind, {}).pop(key, None)
 
     def all(self) -> list[NoteEntry]:
         """Return every note, as a checkpoint has it."""
         return [
             NoteEntry(kind, key, value, dropped=False)
             for kind, notes in self._kinds.items()
-            for key, value in notes.items()
+            # a copy, as one may be let go of meanwhile
+            for key, value in list(notes.items())
         ]
 
     def restore(self, entry: NoteEntry) -> None:

@@ -16,6 +16,7 @@ from rmemd.engine.fault import is_private
 from rmemd.hooks.tables import Sparse
 from rmemd.model.files import PRIVATE, RestrictedFile
 from rmemd.model.host import ARENA, KEPT, POISON, Stored, Use
+from rmemd.model.ledger import frames_of
 from rmemd.model.vms import unpack
 from rmemd.units import I64, MAX_GFN, PMD_PAGES, Bools, pages
 
@@ -64,6 +65,8 @@ def counts(core: Core) -> Iterator[str]:
     for entry in core.ledger.entries():
         pfns, held = core.ledger.counts(entry)
         sums[entry.longterm][pfns] += held.astype(np.int64)
+    for pin in core.sessions.pins():
+        sums[True][frames_of(pin)] += 1
     every = pages(0, host.nframes)
     yield from named("I2", sums[False] != host.refs.view, every, "has anonymous references")
     yield from named("I2", sums[True] != host.pins.view, every, "has anonymous pins")

@@ -14,7 +14,7 @@ from rmemd.engine.hostmap import require_granted, touch
 from rmemd.engine.memory import byte_range, restricted, settle
 from rmemd.errors import BAD_REQUEST, NOT_HELD
 from rmemd.hooks.tx import Tx
-from rmemd.model.ledger import Entry
+from rmemd.model.ledger import Entry, as_runs
 from rmemd.model.sessions import NOBODY, Owner, PagePin
 from rmemd.units import I64, distinct, pages
 
@@ -45,41 +45,37 @@ def pin(
                 f"{field} must be printable text of at most {HOLDER_MAX} characters", field=field
             )
 
-    def one() -> Steps[int]:
-        yield from ()
+    def one() -> int:
         require_granted(core, owner.session, number, offset, length, write=True)
         core.quotas.charge_pins(core, owner.tenant, npages)
         _, pfns = touch(core, number, offset, length, write=True)
         with core.tx("pin") as tx:
             handle = tx.next_id("pin")
             who = f"session {owner.session}" if owner.session else holder
-            held = PagePin(handle, number, start, npages, purpose, f"{who} pin {handle}", owner)
-            core.sessions.add_pin(tx, held)
-            entry = Entry(held.holder, purpose, longterm=True)
-            core.ledger.hold_whole(tx, entry, pfns)
+            holds = f"{who} pin {handle}"
+            held = PagePin(handle, number, start, npages, purpose, holds, owner, as_runs(pfns))
+            core.ledger.hold_pin(tx, held, pfns)
             tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
             return handle
 
-    return (yield from userfault.unit(core, one))
+    return userfault.at_once(core, one)
 
 
 def unpin(core: Core, handle: int) -> Steps[None]:
     """Let a pin go."""
 
-    def one() -> Steps[None]:
-        yield from ()
+    def one() -> None:
         held = core.sessions.pin(handle)
         with core.tx("unpin") as tx:
             frames.free_orphans(core, tx, release_pin(core, tx, held))
 
-    yield from core.unit(one)
+    return core.at_once(one)
 
 
 def release_pin(core: Core, tx: Tx, held: PagePin) -> I64:
     """Take a pin out of the ledger; return the frames it held."""
-    core.sessions.drop_pin(tx, held.pin)
     tx.emit("unpinned", pin=held.pin, file=held.file, tenant=held.owner.tenant)
-    return core.ledger.forget(tx, held.holder)
+    return core.ledger.release_pin(tx, held)
 
 
 def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -> Steps[I64]:
@@ -96,22 +92,23 @@ def get_pages(core: Core, number: int, offset: int, length: int, owner: Owner) -
     """
     start, npages = byte_range(restricted(core, number), offset, length)
 
-    def one() -> Steps[I64]:
-        yield from ()
+    def one() -> I64:
         info = core.sessions.alive(owner.session)
         core.ranges.require_idle("file", number, start, npages)
         core.quotas.charge_pins(core, owner.tenant, npages)
         file = core.files.get(number)
         wanted = pages(start, npages)
-        there = file.frames.get(wanted)
         with core.tx("get pages") as tx:
-            pfns = frames.find(core, tx, file, wanted, private=True)
-            if np.count_nonzero(there) < npages:
-                settle(core, tx, file, wanted[there == 0], pfns[there == 0])
+            if file.info.in_place:
+                holes = file.frames.get(wanted) == 0
+                pfns = frames.find(core, tx, file, wanted, private=True)
+                settle(core, tx, file, wanted[holes], pfns[holes])
+            else:
+                pfns = frames.find(core, tx, file, wanted, private=True)
             core.ledger.hold(tx, Entry(info.label, GET, longterm=False), pfns)
             return pfns
 
-    return (yield from core.unit(one))
+    return core.at_once(one)
 
 
 def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
@@ -123,13 +120,10 @@ def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
         Refused: NOT_HELD; the session has no reference on one of them.
     """
 
-    def one() -> Steps[int]:
-        yield from ()
+    def one() -> int:
         info = core.sessions.alive(owner.session)
         entry = Entry(info.label, GET, longterm=False)
-        inside = (pfns >= 0) & (pfns < core.host.nframes)
-        held = np.zeros(pfns.size, dtype=np.bool_)
-        held[inside] = core.ledger.held(entry, pfns[inside])
+        held = core.ledger.held(entry, pfns)
         again = pfns.size > 1 and distinct(pfns).size != pfns.size
         if again or np.count_nonzero(held) < pfns.size:
             at = int(np.argmin(held))
@@ -141,4 +135,4 @@ def put_pages(core: Core, pfns: I64, owner: Owner) -> Steps[int]:
             frames.drop(core, tx, entry, pfns)
         return int(pfns.size)
 
-    return (yield from core.unit(one))
+    return core.at_once(one)

@@ -191,9 +191,9 @@ def close_session(
 def _to_be_released(core: Core, doomed: list[SessionInfo]) -> Closed:
     numbers = tuple(info.session for info in doomed)
     vms = tuple(_of_sessions(core.vms.of_session, numbers))
-    holders = [info.label for info in doomed]
-    holders += [pin.holder for number in numbers for pin in core.sessions.pins_of(number)]
-    return Closed(numbers, sum(core.ledger.frames(holder).size for holder in holders), vms)
+    npages = sum(core.ledger.frames(info.label).size for info in doomed)
+    npages += sum(pin.npages for number in numbers for pin in core.sessions.pins_of(number))
+    return Closed(numbers, npages, vms)
 
 
 def _of_sessions(of_session: Callable[[int], list[int]], numbers: Iterable[int]) -> list[int]:

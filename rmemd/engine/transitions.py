@@ -224,6 +224,8 @@ def only_its_own(t: Transition) -> Iterator[str]:
         return
     ending = {number for number, info in t.before.records("sessions").items() if info.closing}
     entries = {write.args[0].holder for _, write in t.written.get("ledger", ())}
+    pins = t.before.records("pins")
+    entries |= {pins[write.args[0]].holder for _, write in t.written.get("pins", ())}
     for name in sorted({*t.written, *entries}):
         match = OF_SESSION.match(name)
         of_holds = name in entries or name.startswith("ledger/")

@@ -10,6 +10,7 @@ March 2026 (restrictedmem.md §4).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -91,9 +92,22 @@ def unit(core: Core, make: Callable[[], Steps[T]]) -> Steps[T]:
     Raises:
         Unavailable: INTERRUPTED; the caller went away, or the VM or the daemon goes.
     """
+    return _waited_for(core, partial(core.unit, make))
+
+
+def at_once(core: Core, act: Callable[[], T]) -> Steps[T]:
+    """Do what never lets the lock go as ``Core.at_once`` does, and wait for handlers in between.
+
+    Raises:
+        Unavailable: INTERRUPTED; the caller went away, or the VM or the daemon goes.
+    """
+    return _waited_for(core, partial(core.at_once, act))
+
+
+def _waited_for(core: Core, make: Callable[[], Steps[T]]) -> Steps[T]:
     while True:
         try:
-            return (yield from core.unit(make))
+            return (yield from make())
         except Missing as met:
             # without its frames, which hold the transaction that was given up
             fault = met.with_traceback(None)

@@ -7,7 +7,7 @@ here answers with its inverse and remembers nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, ValuesView
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ class Dense:
 
     It knows which chunks of 4096 entries were ever written, so that ``content`` need not look at
     the others.
+
+    Attributes:
+        at: returns one value, by its index, as a Python int.
     """
 
     def __init__(self, spec: TableSpec) -> None:
@@ -42,6 +45,8 @@ class Dense:
             if spec.fill == 0
             else np.full(spec.length, spec.fill, dtype=spec.dtype)
         )
+        # NumPy's own, as a call of ours around it would take three times as long
+        self.at: Callable[[int], int] = self._a.item
         self._written = np.zeros((spec.length >> CHUNK_SHIFT) + 1, dtype=np.bool_)
         self._noted: list[bytes] = []
 
@@ -55,11 +60,6 @@ class Dense:
     def get(self, indices: I64) -> Array:
         """Return the values at ``indices``, shape as ``indices``."""
         return self._a[indices]
-
-    def at(self, index: int) -> int:
-        """Return one value as a Python int."""
-        value: int = self._a.item(index)
-        return value
 
     def where(self, value: int) -> I64:
         """Return the indices that hold a value, not the fill, ascending.
@@ -140,22 +140,27 @@ class Records:
     """Immutable values by key, in the order in which the keys came.
 
     It can be asked for the keys of a group (``grouped``), at the cost of those.
+
+    Attributes:
+        get: returns the value of a key, or a default (None).
+        has: returns whether a key is there, as ``in`` does.
+        values: returns the values, in no order.
     """
 
     def __init__(self, spec: TableSpec) -> None:
         self.spec = spec
         self.name = spec.name
+        # one dictionary for good, so that its own methods can be had without a call around them
         self._d: dict[Hashable, Any] = {}
+        self.get: Callable[..., Any] = self._d.get
+        self.has: Callable[[Hashable], bool] = self._d.__contains__
+        self.values: Callable[[], ValuesView[Any]] = self._d.values
         # when each key came; a key that is put back goes to where it was
         self._came: dict[Hashable, int] = {}
         self._last = 0
         self._in_order = True
         self._group: Callable[[Any, Any], Hashable] | None = None
         self._groups: dict[Hashable, dict[Any, None]] = {}
-
-    def get(self, key: Hashable, default: Any = None) -> Any:
-        """Return the value of ``key``, or ``default``."""
-        return self._d.get(key, default)
 
     def __getitem__(self, key: Hashable) -> Any:
         return self._d[key]
@@ -209,7 +214,9 @@ class Records:
             self._in_order = False
         else:
             if not self._in_order:
-                self._d = dict(self.items())
+                items = self.items()
+                self._d.clear()
+                self._d.update(items)
                 self._in_order = True
             came = self._last = self._last + 1
         self._came[key] = came

@@ -8,6 +8,9 @@ have no policy: those tables come with what is first written to them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from msgspec import Struct
 
@@ -68,6 +71,7 @@ class RestrictedFile:
     def __init__(self, space: Space, info: FileInfo) -> None:
         self.info = info
         self._space = space
+        self._bindings = _bindings_of(info.file)
         self.frames = space.sparse(f"file/{info.file}/frames")
         self.shared = _NO_VALUES if info.in_place else space.sparse(f"file/{info.file}/shared")
         self.attributes = space.sparse(f"file/{info.file}/attributes")
@@ -75,7 +79,7 @@ class RestrictedFile:
     @property
     def bindings(self) -> Records:
         """Return the ranges of it that slots have, by VM and slot; ``Files.bindings`` makes it."""
-        return bindings_of(self._space, self.info.file)
+        return _records_of(self._space, self._bindings)
 
     @property
     def policy(self) -> Sparse:
@@ -102,6 +106,17 @@ class RestrictedFile:
                 found.append((binding, lo, hi - lo))
         return found
 
+    def binding_at(self, pgoff: int) -> Binding | None:
+        """Return the binding that has a page, None if no slot has it."""
+        table: Any = self._space.tables.get(self._bindings)
+        if table is None:
+            return None
+        found: Binding
+        for found in table.values():
+            if found.pgoff <= pgoff < found.pgoff + found.npages:
+                return found
+        return None
+
     def policy_at(self, pgoffs: I64) -> tuple[I64, dict[int, Policy]]:
         """Return the policy number per page, and what the numbers mean (0 is the default)."""
         return self.policy.get(pgoffs).astype(np.int64), dict(self.policies.items())
@@ -109,20 +124,31 @@ class RestrictedFile:
 
 def bindings_of(space: Space, file: int) -> Records:
     """Return the ranges of a file that slots have in a state, by VM and slot."""
-    return _records_of(space, f"file/{file}/bindings")
+    return _records_of(space, _bindings_of(file))
+
+
+def _bindings_of(file: int) -> str:
+    return f"file/{file}/bindings"
 
 
 def _records_of(space: Space, name: str) -> Records:
-    return space.records(name) if name in space.tables else _NO_RECORDS
+    table = space.tables.get(name, _NO_RECORDS)
+    assert isinstance(table, Records), name
+    return table
 
 
 class Files:
-    """All restricted files."""
+    """All restricted files.
+
+    Attributes:
+        exists: returns whether a file, by its number, is there.
+    """
 
     def __init__(self, space: Space, tx: Tx) -> None:
         self._space = space
         self._info: Records = tx.create(TableSpec("files", "records"))
         self._info.group_by(lambda _, info: info.owner.session)
+        self.exists: Callable[[int], bool] = self._info.has
         #: shared pages still to be emptied by a punch: (file, pgoff) -> pages
         self.discards: Records = tx.create(TableSpec("discards", "records"))
         self._views: dict[int, RestrictedFile] = {}
@@ -163,10 +189,6 @@ class Files:
             view = self._views[file] = RestrictedFile(self._space, info)
         return view
 
-    def exists(self, file: int) -> bool:
-        """Return whether the file is there."""
-        return file in self._info
-
     def of_session(self, session: int) -> list[int]:
         """Return a session's files, oldest first."""
         return self._info.grouped(session)
@@ -199,7 +221,7 @@ class Files:
     def bindings(self, tx: Tx, file: RestrictedFile) -> Records:
         """Return the table of a file's bindings, to be written: it is made if need be."""
         if file.bindings is _NO_RECORDS:
-            tx.create(TableSpec(f"file/{file.info.file}/bindings", "records"))
+            tx.create(TableSpec(_bindings_of(file.info.file), "records"))
         return file.bindings
 
     def policies(self, tx: Tx, file: RestrictedFile) -> tuple[Sparse, Records]:

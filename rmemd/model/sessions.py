@@ -93,7 +93,12 @@ class SessionInfo(Struct, frozen=True):
 
 
 class PagePin(Struct, frozen=True):
-    """Pages that a client pinned; ``holder`` is the ledger's name for it."""
+    """Pages that a client pinned.
+
+    Attributes:
+        holder: what refusals name it.
+        frames: those that it holds, as the ledger has them (``as_runs``).
+    """
 
     pin: int
     file: int
@@ -102,6 +107,7 @@ class PagePin(Struct, frozen=True):
     purpose: str
     holder: str
     owner: Owner
+    frames: bytes
 
 
 class Sessions:

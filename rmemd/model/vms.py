@@ -6,7 +6,7 @@ mirror is the generic secondary MMU: per gfn, 0 for nothing, else ``(pfn + 1) <<
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,9 @@ class Vm:
 
     def runs_of(self, gfns: I64) -> tuple[Runs, Runs]:
         """Return what the mirror maps at guest frames that it has: (private runs, shared runs)."""
+        if not gfns.size:
+            none = Runs(gfns, gfns, gfns)
+            return none, none
         pfns, shared = unpack(self.mirror.get(gfns))
         return (
             Runs.of_pages(gfns[~shared], pfns[~shared]),
@@ -144,7 +147,8 @@ class Vm:
 
     def clear(self, tx: Tx, runs: Runs) -> None:
         """Take runs out of the mirror."""
-        tx.put(self.mirror, runs.gfns(), 0)
+        if runs.npages.size:
+            tx.put(self.mirror, runs.gfns(), 0)
 
 
 def unpack(entries: I64) -> tuple[I64, Bools]:
@@ -153,12 +157,17 @@ def unpack(entries: I64) -> tuple[I64, Bools]:
 
 
 class Vms:
-    """All VMs."""
+    """All VMs.
+
+    Attributes:
+        exists: returns whether a VM, by its number, is there.
+    """
 
     def __init__(self, space: Space, tx: Tx) -> None:
         self._space = space
         self._info: Records = tx.create(TableSpec("vms", "records"))
         self._info.group_by(lambda _, info: info.owner.session)
+        self.exists: Callable[[int], bool] = self._info.has
         self._views: dict[int, Vm] = {}
 
     def create(self, tx: Tx, info: VmInfo, starts_private: bool) -> Vm:
@@ -216,10 +225,6 @@ class Vms:
                 rule="kvm_vm_dead: every ioctl gives -EIO",
             )  # fmt: skip
         return found
-
-    def exists(self, vm: int) -> bool:
-        """Return whether the VM is there."""
-        return vm in self._info
 
     def of_session(self, session: int) -> list[int]:
         """Return a session's VMs, oldest first."""

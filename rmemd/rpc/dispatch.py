@@ -26,6 +26,7 @@ import structlog
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from msgspec import Struct
 from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 from rmemd.access.callers import Caller
@@ -52,8 +53,9 @@ from rmemd.rpc.status import shorten, to_status
 BULK_BYTES = (1 << 20) + (1 << 16)
 SMALL_BYTES = 1 << 16
 STREAMS_MAX = 16
-# by this metadata of a reply one tells a daemon from another that has none of its memory; a call
-# that carries it means that daemon, and no other
+# By this metadata of a reply one tells a daemon from another that has none of its memory. A call
+# that carries it means that daemon, and no other; one that carries it empty, or other metadata of
+# ours without it, is told. Who sends nothing of ours would not look, and is spared it.
 DAEMON = "rmem-daemon"
 # a call that could go on for ever ends so long before its client gives up
 DEADLINE_MARGIN_SECONDS = 0.1
@@ -103,7 +105,7 @@ class Front:
         return other
 
 
-class Call:
+class Call(Struct):
     """One call, as a service's method sees it.
 
     Attributes:
@@ -111,14 +113,9 @@ class Call:
         key: its name, which a repeat of it has too; None if it has no request id.
     """
 
-    __slots__ = ("_context", "caller", "key")
-
-    def __init__(
-        self, context: grpc.ServicerContext, caller: Caller, key: CallKey | None = None
-    ) -> None:
-        self._context = context
-        self.caller = caller
-        self.key = key
+    _context: grpc.ServicerContext
+    caller: Caller
+    key: CallKey | None = None
 
     def is_over(self) -> bool:
         """Return whether the client went away or its deadline is about to pass."""
@@ -303,17 +300,18 @@ class _Answering:
         """Have the call begin, if it means this daemon, and ask the door who calls."""
         front, context = self._front, self._context
         sent = sent_to_us(context)
-        self._meet(sent)
+        if sent:
+            self._meet(sent)
         front.lifecycle.begin(context.add_callback)
         caller = front.door.caller(context, sent)
         self._tenant = caller.tenant
         return Call(context, caller)
 
     def _meet(self, sent: Sent) -> None:
-        """Refuse who means another daemon; tell who does not know this one yet."""
+        """Refuse who means another daemon; tell who does not know this one yet, or asks."""
         life = self._front.life
-        known = [value for key, value in sent if key == DAEMON] if sent else []
-        if not known:
+        known = [value for key, value in sent if key == DAEMON]
+        if not any(known):
             self._context.set_trailing_metadata(((DAEMON, life),))
         elif known != [life]:
             raise MEMORY_LOST(
@@ -334,8 +332,10 @@ class _Answering:
         if error is not None and not isinstance(error, GeneratorExit):
             self._refuse(self._front.lifecycle.seen_by_caller(error), took)
             return
-        self._front.log.debug("call", method=self._name, ms=round(took * 1e3, 3))
-        self._tell(took, "OK" if error is None else "CANCELLED")
+        front = self._front
+        front.log.debug("call", method=self._name, ms=int(took * 1e6) / 1e3)
+        if front.observers:
+            self._tell(took, "OK" if error is None else "CANCELLED")
 
     def _refuse(self, error: BaseException, took: float) -> None:
         ms, correlation = round(took * 1e3, 3), self._correlation
@@ -359,10 +359,9 @@ class _Answering:
         self._context.abort_with_status(status)
 
     def _tell(self, took: float, code: str, reason: str = "") -> None:
-        observers = self._front.observers
-        if observers:
-            metadata = self._context.invocation_metadata
-            tell(observers, Called(self._name, code, reason, took, self._correlation, metadata))
+        metadata = self._context.invocation_metadata
+        done = Called(self._name, code, reason, took, self._correlation, metadata)
+        tell(self._front.observers, done)
 
 
 def name_error(error: BaseException, correlation: str) -> RmemError:

@@ -44,7 +44,7 @@ class UnixDoor:
 
     def caller(self, context: grpc.ServicerContext, sent: Sent) -> Caller:
         """Return the caller of a token, or the daemon's own user."""
-        return self.access.caller(UNIX, "", token_of(sent))
+        return self.access.caller(UNIX, "", token_of(sent) if sent else "")
 
 
 class TlsDoor:
@@ -82,7 +82,12 @@ def spiffe_ids(known: Mapping[str, Sequence[bytes]]) -> list[str]:
 
 def sent_to_us(context: grpc.ServicerContext) -> Sent:
     """Return a call's metadata that is ours and not gRPC's or a tracer's."""
-    return [pair for pair in context.invocation_metadata() or () if pair[0].startswith(OURS)]
+    sent = []
+    # most calls have one pair, and it is gRPC's: a comprehension would cost more than the look
+    for pair in context.invocation_metadata() or ():
+        if pair[0].startswith(OURS):
+            sent.append(pair)
+    return sent
 
 
 def token_of(sent: Sent) -> str:

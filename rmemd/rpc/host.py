@@ -21,7 +21,7 @@ from rmemd.engine.physical import resolve
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, NO_SUCH_REASON, REASONS, Reason
 from rmemd.hooks.types import Agent
 from rmemd.model import buddy
-from rmemd.model.host import NodeRange
+from rmemd.model.host import NodeRange, Use
 from rmemd.rpc.dispatch import Call
 from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.status import holder_of, refusal_of
@@ -38,6 +38,8 @@ AGENTS: dict[int, Agent] = {
     types_pb2.AGENT_HOST_KERNEL: Agent.HOST_KERNEL,
     types_pb2.AGENT_DEVICE: Agent.DEVICE,
 }
+# by the number of a use
+FRAME_USES = tuple(cast("pb.FrameUse.ValueType", int(use) + 1) for use in Use)
 
 
 class HostService:
@@ -71,7 +73,17 @@ class HostService:
         revision, page = self._engine.read(
             lambda core: onepage.page(core, _resolve(core, request.page))
         )
-        return _page(page, revision)
+        reply = pb.GetPageResponse(
+            revision=revision, pfn=page.pfn, node=page.node, use=FRAME_USES[page.use],
+            file=page.file, pgoff=page.pgoff, vm=page.vm, gfn=page.gfn, is_private=page.is_private,
+            mapped=page.mapped, vendor_state=page.vendor_state, content=page.content,
+            references=page.references, pins=page.pins, expected_references=page.expected,
+            poisoned=page.poisoned, movable=page.file != 0 and not page.unmovable,
+            unmovable_reason=page.unmovable,
+        )  # fmt: skip
+        if page.holders:
+            reply.holders.extend(map(holder_of, page.holders))
+        return reply
 
     def ReadPhysical(self, request: pb.ReadPhysicalRequest, call: Call) -> pb.ReadPhysicalResponse:
         agent, bus = _agent(request.agent, request.level)
@@ -278,10 +290,6 @@ def _host(core: Core, caller: Caller) -> pb.GetHostResponse:
     return reply
 
 
-def _use(use: int) -> pb.FrameUse.ValueType:
-    return cast("pb.FrameUse.ValueType", int(use) + 1)
-
-
 def _fds() -> int:
     # the listing has a descriptor of its own
     return sum(1 for _ in Path("/proc/self/fd").iterdir()) - 1
@@ -328,19 +336,6 @@ def _page_map(core: Core, request: pb.GetPageMapRequest) -> pb.GetPageMapRespons
     reply.next_pfn = (
         end if end < nframes and (request.npages == 0 or end < first + request.npages) else 0
     )
-    return reply
-
-
-def _page(page: onepage.Page, revision: int) -> pb.GetPageResponse:
-    reply = pb.GetPageResponse(
-        revision=revision, pfn=page.pfn, node=page.node, use=_use(page.use), file=page.file,
-        pgoff=page.pgoff, vm=page.vm, gfn=page.gfn, is_private=page.is_private, mapped=page.mapped,
-        vendor_state=page.vendor_state, content=page.content, references=page.references,
-        pins=page.pins, expected_references=page.expected, poisoned=page.poisoned,
-        movable=page.file != 0 and not page.unmovable, unmovable_reason=page.unmovable,
-    )  # fmt: skip
-    if page.holders:
-        reply.holders.extend(map(holder_of, page.holders))
     return reply
 
 

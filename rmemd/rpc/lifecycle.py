@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from rmemd.errors import HANDING_OVER, INTERRUPTED, NO_KEEPER, RmemError
 
@@ -23,7 +23,7 @@ class KeptBy(Struct, frozen=True):
     pid: int = 0
 
 
-class Lifecycle(Struct):
+class Lifecycle:
     """The life of one daemon.
 
     Attributes:
@@ -33,13 +33,21 @@ class Lifecycle(Struct):
         handing_over: whether it does; then no call begins.
     """
 
-    kept_by: Callable[[], KeptBy] = KeptBy
-    starts_in_a_row: int = 1
-    make_way: Callable[[], None] = lambda: None
-    handing_over: bool = False
-    _calls: int = 0
-    _waiting: int = 0
-    _idle: threading.Condition = field(default_factory=threading.Condition)
+    def __init__(
+        self,
+        kept_by: Callable[[], KeptBy] = KeptBy,
+        starts_in_a_row: int = 1,
+        make_way: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.kept_by = kept_by
+        self.starts_in_a_row = starts_in_a_row
+        self.make_way = make_way
+        self.handing_over = False
+        self._calls = 0
+        self._waiting = 0
+        # taken by itself where nobody is waited for: a Condition's way to its lock is Python's
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
 
     def begin(self, when_over: Callable[[Callable[[], None]], bool]) -> None:
         """Have a call begin.
@@ -50,7 +58,7 @@ class Lifecycle(Struct):
         Raises:
             Unavailable: HANDING_OVER.
         """
-        with self._idle:
+        with self._lock:
             if self.handing_over:
                 raise HANDING_OVER("the daemon makes way for its successor")
             self._calls += 1
@@ -59,7 +67,7 @@ class Lifecycle(Struct):
 
     def hand_over(self) -> None:
         """Let no call begin any more."""
-        with self._idle:
+        with self._lock:
             self.handing_over = True
 
     def wait_idle(self, seconds: float) -> bool:
@@ -71,7 +79,7 @@ class Lifecycle(Struct):
             return idle
 
     def _end(self) -> None:
-        with self._idle:
+        with self._lock:
             self._calls -= 1
             if self._waiting and not self._calls:
                 self._idle.notify_all()

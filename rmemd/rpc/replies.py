@@ -25,13 +25,14 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import cache
 
 import grpc
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from msgspec import Struct, field
 
+from rmemd.engine.calls import Key
 from rmemd.engine.core import Core
 from rmemd.errors import BAD_REQUEST, INTERRUPTED, REQUEST_ID_REUSED
 
@@ -192,8 +193,8 @@ class Replies:
         # dropped from here, and to be dropped from the notes when the lock is free
         self._dropped: list[tuple[str, _Number, _Entry]] = []
         # of calls that the daemon before this one did not answer, until nobody will repeat them
-        self._unanswered: list[Hashable] = []
-        self._given_up: list[Hashable] = []
+        self._unanswered: list[Key] = []
+        self._given_up: list[Key] = []
         if core is not None:
             self._take_over(core)
 
@@ -394,8 +395,8 @@ def call_key(tenant: str, number: _Number, digest: bytes) -> CallKey:
     return (RPC, tenant, *number, digest)
 
 
-def _is_rpc(key: Hashable) -> bool:
-    return isinstance(key, tuple) and key[0] == RPC
+def _is_rpc(key: Key) -> bool:
+    return key[0] == RPC
 
 
 def _again(answer: Answer) -> bytes:

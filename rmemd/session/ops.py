@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from rmem.v1 import session_pb2
 from rmemd.access.callers import Caller
 from rmemd.access.rules import admit
+from rmemd.engine.calls import Key
 from rmemd.engine.cancel import never
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
@@ -33,7 +35,7 @@ from rmemd.rpc.dispatch import name_error
 from rmemd.rpc.observe import Called, Observer, tell
 from rmemd.rpc.status import code_of, refusal_of, shorten
 from rmemd.session.descriptors import Passed
-from rmemd.session.wire import PASSING, RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply
+from rmemd.session.wire import PASSING, RECORD, UNUSED, USES, Flag, Frame, Op, Record, Reply, Use
 from rmemd.units import I64, PAGE_SHIFT, PAGE_SIZE, is_page_aligned
 
 ECANCELED = 125
@@ -41,23 +43,16 @@ CANCELLED_CODE = 1
 MESSAGE_MAX = 512
 # as plain numbers, since those of enums are slow to combine
 PRIVATE, READ_ONLY, KEEP = map(int, Flag)
-RULES: dict[int, str] = {op: f"Session/{op.name}" for op in Op}
 Result = tuple[int, bytes]
-Handler = Callable[[Record, bytes, int], Result]
 NOTHING = (0, b"")
-# these may be done again, and what they return, a guest's plaintext at that, is kept nowhere
 READS = frozenset({Op.READ_SHARED, Op.READ_GUEST})
 # of a session: the session, its datagram's sequence, the record's place in it
 SESSION = "session"
-CallKey = tuple[str, int, int, int]
 
 
-def results_of(core: Core, session: int) -> list[CallKey]:
+def results_of(core: Core, session: int) -> list[Key]:
     """Return the calls of a session's records that have results, oldest first."""
-    return [
-        key for key in core.calls.unanswered()
-        if isinstance(key, tuple) and key[:2] == (SESSION, session)
-    ]  # fmt: skip
+    return [key for key in core.calls.unanswered() if key[:2] == (SESSION, session)]
 
 
 def forget_results(core: Core, session: int, but_newest: bool = False) -> None:
@@ -101,72 +96,59 @@ class Operations:
         self._is_over = is_over
         self._calls = engine.core.calls
         self._answered = engine.core.answered
+        self._session = caller.session
         self._owner = caller.owner
         self._name = f"session {caller.session}"
+        # of the datagram that is served: what its records are known by, should it come again
+        self._keys: list[Key] = []
         self.hands_over = False
-        self._handlers: dict[int, Handler] = {
-            Op.GET: self._get, Op.PUT: self._put, Op.PIN: self._pin, Op.UNPIN: self._unpin,
-            Op.FAULT: self._fault, Op.CONVERT: self._convert,
-            Op.CONVERT_FILE: self._convert_file, Op.READ_SHARED: self._read_shared,
-            Op.WRITE_SHARED: self._write_shared, Op.READ_GUEST: self._read_guest,
-            Op.WRITE_GUEST: self._write_guest, Op.USERFAULT_REGISTER: self._register,
-            Op.USERFAULT_UNREGISTER: self._unregister, Op.USERFAULT_COPY: self._copy,
-            Op.USERFAULT_ZERO: self._zero, Op.USERFAULT_CONTINUE: self._continue,
-            Op.USERFAULT_WAKE: self._wake, Op.CLOSE: self._close,
-        }  # fmt: skip
 
     def serve(self, frame: Frame) -> Reply:
         """Carry a request's records out, in order; the reply's descriptor is the caller's."""
         reply = Reply(frame.sequence)
+        self._keys.clear()
         stopped = False
         for at, record in enumerate(map(Record._make, RECORD.iter_unpack(frame.records))):
             if stopped:
                 self._cancel(reply, record)
-            elif not self._named(frame, at, record, reply):
+            elif not self._carry_out(frame, at, record, reply):
                 stopped = frame.stops
         return reply
 
-    def answered(self, request: Frame) -> None:
-        """Forget what the records came to: the client has the reply."""
-        for at in range(request.count):
-            self._calls.forget((SESSION, self._caller.session, request.sequence, at))
+    def answered(self) -> None:
+        """Forget what the records came to that were served last: the client has the reply."""
+        for key in self._keys:
+            self._calls.forget(key)
+        self._keys.clear()
 
-    def _named(self, frame: Frame, at: int, record: Record, reply: Reply) -> bool:
-        # what nobody waits for, nobody sends again
-        if record.op in READS or frame.is_one_way:
-            return self._one(frame, record, reply)
-        key = (SESSION, self._caller.session, frame.sequence, at)
-        with self._calls.of(key):
-            return self._one(frame, record, reply)
-
-    def _one(self, frame: Frame, record: Record, reply: Reply) -> bool:
+    def _carry_out(self, frame: Frame, at: int, record: Record, reply: Reply) -> bool:
         """Carry one record out; return whether it was."""
-        begun = time.perf_counter() if self._observers else 0.0
+        begun = time.perf_counter()
         self._answered.begin()
+        served = _SERVED.get(record.op, _UNKNOWN)
+        if served.is_kept and not frame.is_one_way:
+            key = (SESSION, self._session, frame.sequence, at)
+            self._keys.append(key)
+            self._calls.name(key)
         try:
-            data = self._check(frame, record)
-            if record.op in PASSING:
-                value, reply.fd = self._pass(frame, record)
-                payload = b""
-            else:
-                value, payload = self._handlers[record.op](record, data, reply.room)
+            data = self._check(frame, record, served)
+            value, payload = served.handler(self, record, data, reply)
         except Exception as error:
             refusal = self._refuse(reply, record, error, frame.sequence)
             ends = refusal.reason is INTERRUPTED and self._engine.core.draining
             self.hands_over |= ends or refusal.reason is HANDING_OVER
-            self._tell(record, begun, refusal.reason.kind.code, refusal.reason.name)
-            return False
-        reply.done(record.tag, value, self._engine.answered, payload)
-        self._tell(record, begun, "OK")
-        return True
-
-    def _tell(self, record: Record, begun: float, code: str, reason: str = "") -> None:
+            code, reason = refusal.reason.kind.code, refusal.reason.name
+        else:
+            reply.done(record.tag, value, self._engine.answered, payload)
+            code, reason = "OK", ""
+        finally:
+            self._calls.name(None)
         if self._observers:
             took = time.perf_counter() - begun
-            method = RULES.get(record.op, "Session/unknown")
-            tell(self._observers, Called(method, code, reason, took, self._name))
+            tell(self._observers, Called(served.rule, code, reason, took, self._name))
+        return not reason
 
-    def _check(self, frame: Frame, record: Record) -> bytes:
+    def _check(self, frame: Frame, record: Record, served: _Served) -> bytes:
         """Check what all ops have in common, and whether the caller may; return the payload.
 
         Raises:
@@ -175,28 +157,26 @@ class Operations:
         """
         if self._is_over():
             raise NO_SUCH_SESSION("the session has ended", field="session")
-        use = USES.get(record.op)
-        if use is None:
+        if served is _UNKNOWN:
             raise BAD_REQUEST(f"no op {record.op}", field="op")
+        use = served.use
         if record.flags & ~use.flags:
             raise UNKNOWN_FLAG(
                 f"flags {record.flags:#x}; this op has {use.flags:#x}", field="flags"
             )
-        for at, name in UNUSED[record.op]:
+        for at, name in served.unused:
             if record[at]:
                 raise BAD_REQUEST(f"{name} is {record[at]}, and unused: 0", field=name)
         # what a daemon before this one has carried out, it has admitted
         if not self._calls.is_repeat():
-            admit(self._engine.core, self._caller, RULES[record.op], record)
-        if not use.payload:
-            return b""
-        end = record.payload_offset + record.payload_length
-        if end > len(frame.payload):
+            admit(self._engine.core, self._caller, served.rule, record)
+        if use.payload:
+            return _payload(frame, record)
+        if served.is_passing and (frame.count != 1 or frame.is_one_way):
             raise BAD_REQUEST(
-                f"it ends at {end} of {len(frame.payload)} bytes of payload",
-                field="payload_length",
+                f"{Op(record.op).name} is alone in its datagram, and answered", field="op"
             )
-        return bytes(frame.payload[record.payload_offset : end])
+        return b""
 
     def _refuse(self, reply: Reply, record: Record, error: Exception, sequence: int) -> RmemError:
         """Answer a record with what was raised; return that as a refusal."""
@@ -217,130 +197,174 @@ class Operations:
         reply.refused(record.tag, ECANCELED, CANCELLED_CODE, self._engine.revision, b"", 0)
 
     # --- pages held --------------------------------------------------------------------------
-    def _get(self, r: Record, data: bytes, room: int) -> Result:
-        _require_room(r.length // PAGE_SIZE * 8, room)
+    def _get(self, r: Record, data: bytes, reply: Reply) -> Result:
+        _require_room(r.length // PAGE_SIZE * 8, reply.room)
         pfns = self._engine.get_pages(r.object, r.start, r.length, self._owner)
         return pfns.size, pfns.astype("<i8").tobytes()
 
-    def _put(self, r: Record, data: bytes, room: int) -> Result:
+    def _put(self, r: Record, data: bytes, reply: Reply) -> Result:
         if not data or len(data) % 8:
             raise BAD_REQUEST(f"{len(data)} bytes are no frames", field="payload_length")
         pfns: I64 = np.frombuffer(data, dtype="<i8").astype(np.int64)
         return self._engine.put_pages(pfns, self._owner), b""
 
-    def _pin(self, r: Record, data: bytes, room: int) -> Result:
+    def _pin(self, r: Record, data: bytes, reply: Reply) -> Result:
         purpose = _text(data)
         pin = self._engine.pin(
             r.object, r.start, r.length, purpose, "session", self._owner, self._is_over
         )
         return pin, b""
 
-    def _unpin(self, r: Record, data: bytes, room: int) -> Result:
+    def _unpin(self, r: Record, data: bytes, reply: Reply) -> Result:
         self._engine.unpin(r.object)
         return NOTHING
 
     # --- guest memory ------------------------------------------------------------------------
-    def _fault(self, r: Record, data: bytes, room: int) -> Result:
+    def _fault(self, r: Record, data: bytes, reply: Reply) -> Result:
         done = self._engine.pre_fault(r.object, r.start, r.length, cancelled=self._is_over)
         return done.done_pages, b""
 
-    def _convert(self, r: Record, data: bytes, room: int) -> Result:
+    def _convert(self, r: Record, data: bytes, reply: Reply) -> Result:
         return self._engine.set_attributes(r.object, [(r.start, r.length, r.value)]), b""
 
-    def _convert_file(self, r: Record, data: bytes, room: int) -> Result:
+    def _convert_file(self, r: Record, data: bytes, reply: Reply) -> Result:
         done = self._engine.convert_file(r.object, r.start, r.length, r.value)
         return done.changed_pages, done.content.encode()
 
-    def _read_guest(self, r: Record, data: bytes, room: int) -> Result:
-        _require_room(r.length, room)
+    def _read_guest(self, r: Record, data: bytes, reply: Reply) -> Result:
+        _require_room(r.length, reply.room)
         read = self._engine.read_guest(
             r.object, r.value, r.start, r.length, bool(r.flags & PRIVATE), self._is_over
         )
         return len(read), read
 
-    def _write_guest(self, r: Record, data: bytes, room: int) -> Result:
+    def _write_guest(self, r: Record, data: bytes, reply: Reply) -> Result:
         self._engine.write_guest(
             r.object, r.value, r.start, data, bool(r.flags & PRIVATE), self._is_over
         )
         return len(data), b""
 
     # --- the shared half ---------------------------------------------------------------------
-    def _read_shared(self, r: Record, data: bytes, room: int) -> Result:
-        _require_room(r.length, room)
-        read = self._engine.read_shared(
-            r.object, r.start, r.length, self._caller.session, self._is_over
-        )
+    def _read_shared(self, r: Record, data: bytes, reply: Reply) -> Result:
+        _require_room(r.length, reply.room)
+        read = self._engine.read_shared(r.object, r.start, r.length, self._session, self._is_over)
         return len(read), read
 
-    def _write_shared(self, r: Record, data: bytes, room: int) -> Result:
-        self._engine.write_shared(r.object, r.start, data, self._caller.session, self._is_over)
+    def _write_shared(self, r: Record, data: bytes, reply: Reply) -> Result:
+        self._engine.write_shared(r.object, r.start, data, self._session, self._is_over)
         return len(data), b""
 
     # --- files, and descriptors of their shared half -----------------------------------------
-    def _pass(self, frame: Frame, r: Record) -> tuple[int, int]:
-        """Return the value and the descriptor (-1: none) that a record asks for."""
-        if frame.count != 1 or frame.is_one_way:
-            raise BAD_REQUEST(f"{Op(r.op).name} is alone in its datagram, and answered", field="op")
-        if r.op == Op.FD:
-            return 0, self._descriptor(r.object, bool(r.flags & READ_ONLY))
-        return self._create(r)
+    def _fd(self, r: Record, data: bytes, reply: Reply) -> Result:
+        reply.fd = self._descriptor(r.object, bool(r.flags & READ_ONLY))
+        return NOTHING
 
-    def _create(self, r: Record) -> tuple[int, int]:
-        core, session = self._engine.core, self._caller.session
+    def _create(self, r: Record, data: bytes, reply: Reply) -> Result:
+        core, session = self._engine.core, self._session
         file = self._engine.create_file(r.object, r.length, r.value, session, r.start).info.file
         made_at = core.answered.revision
         # of memory that served the session before, it has a descriptor
-        fd = -1
         if not core.shared.is_only(file, session):
             try:
-                fd = self._descriptor(file, read_only=False)
+                reply.fd = self._descriptor(file, read_only=False)
             except Exception:
                 self._engine.close_file(file)
                 raise
         core.answered.revision = made_at
-        return file, fd
+        return file, b""
 
     def _descriptor(self, file: int, read_only: bool) -> int:
-        with self._passed.one_more(self._caller.tenant, self._caller.session):
-            return self._engine.shared_descriptor(file, self._caller.session, read_only)
+        with self._passed.one_more(self._caller.tenant, self._session):
+            return self._engine.shared_descriptor(file, self._session, read_only)
 
     def not_sent(self, reply: Reply) -> None:
         """Know that a reply with a descriptor did not leave."""
-        self._passed.one_less(self._caller.tenant, self._caller.session)
+        self._passed.one_less(self._caller.tenant, self._session)
 
-    def _close(self, r: Record, data: bytes, room: int) -> Result:
-        session = self._caller.session if r.flags & KEEP else 0
+    def _close(self, r: Record, data: bytes, reply: Reply) -> Result:
+        session = self._session if r.flags & KEEP else 0
         return self._engine.close_file(r.object, session), b""
 
     # --- page fault handlers -----------------------------------------------------------------
-    def _register(self, r: Record, data: bytes, room: int) -> Result:
+    def _register(self, r: Record, data: bytes, reply: Reply) -> Result:
         pgoff, npages = _pages(r.start, r.length)
-        session = self._caller.session
+        session = self._session
         return self._engine.register_userfault(r.object, pgoff, npages, session), b""
 
-    def _unregister(self, r: Record, data: bytes, room: int) -> Result:
-        self._engine.unregister_userfault(r.object, self._caller.session)
+    def _unregister(self, r: Record, data: bytes, reply: Reply) -> Result:
+        self._engine.unregister_userfault(r.object, self._session)
         return NOTHING
 
-    def _copy(self, r: Record, data: bytes, room: int) -> Result:
+    def _copy(self, r: Record, data: bytes, reply: Reply) -> Result:
         pgoff, _ = _pages(r.start, 0)
-        session = self._caller.session
+        session = self._session
         return self._engine.userfault_copy(r.object, pgoff, data, session), b""
 
-    def _zero(self, r: Record, data: bytes, room: int) -> Result:
+    def _zero(self, r: Record, data: bytes, reply: Reply) -> Result:
         pgoff, npages = _pages(r.start, r.length)
-        session = self._caller.session
+        session = self._session
         return self._engine.userfault_zeropage(r.object, pgoff, npages, session), b""
 
-    def _continue(self, r: Record, data: bytes, room: int) -> Result:
+    def _continue(self, r: Record, data: bytes, reply: Reply) -> Result:
         pgoff, npages = _pages(r.start, r.length)
-        private, session = bool(r.flags & PRIVATE), self._caller.session
+        private, session = bool(r.flags & PRIVATE), self._session
         return self._engine.userfault_continue(r.object, pgoff, npages, private, session), b""
 
-    def _wake(self, r: Record, data: bytes, room: int) -> Result:
+    def _wake(self, r: Record, data: bytes, reply: Reply) -> Result:
         pgoff, npages = _pages(r.start, r.length)
-        self._engine.userfault_wake(r.object, pgoff, npages, self._caller.session)
+        self._engine.userfault_wake(r.object, pgoff, npages, self._session)
         return NOTHING
+
+
+class _Served(NamedTuple):
+    """How the records of one op are served.
+
+    Attributes:
+        rule: what the access rules and the metrics know it as.
+        use: what of a record it reads; ``unused``: what of one must be zero, and where it lies.
+        is_kept: whether what it comes to is kept until its reply is sent. Others may be done again,
+            and what they return, a guest's plaintext at that, is kept nowhere.
+        is_passing: whether it is alone in its datagram, for a descriptor comes with the reply.
+    """
+
+    rule: str
+    use: Use
+    unused: tuple[tuple[int, str], ...]
+    handler: Callable[[Operations, Record, bytes, Reply], Result]
+    is_kept: bool
+    is_passing: bool
+
+
+def _nothing(_: Operations, r: Record, data: bytes, reply: Reply) -> Result:
+    return NOTHING
+
+
+_UNKNOWN = _Served("Session/unknown", Use(frozenset()), (), _nothing, False, False)
+_SERVED: dict[int, _Served] = {
+    op: _Served(f"Session/{op.name}", USES[op], UNUSED[op], handler, op not in READS, op in PASSING)
+    for op, handler in {
+        Op.GET: Operations._get, Op.PUT: Operations._put,
+        Op.PIN: Operations._pin, Op.UNPIN: Operations._unpin,
+        Op.FAULT: Operations._fault, Op.CONVERT: Operations._convert,
+        Op.CONVERT_FILE: Operations._convert_file,
+        Op.READ_SHARED: Operations._read_shared, Op.WRITE_SHARED: Operations._write_shared,
+        Op.READ_GUEST: Operations._read_guest, Op.WRITE_GUEST: Operations._write_guest,
+        Op.FD: Operations._fd, Op.CREATE: Operations._create, Op.CLOSE: Operations._close,
+        Op.USERFAULT_REGISTER: Operations._register,
+        Op.USERFAULT_UNREGISTER: Operations._unregister,
+        Op.USERFAULT_COPY: Operations._copy, Op.USERFAULT_ZERO: Operations._zero,
+        Op.USERFAULT_CONTINUE: Operations._continue, Op.USERFAULT_WAKE: Operations._wake,
+    }.items()
+}  # fmt: skip
+
+
+def _payload(frame: Frame, record: Record) -> bytes:
+    end = record.payload_offset + record.payload_length
+    if end > len(frame.payload):
+        raise BAD_REQUEST(
+            f"it ends at {end} of {len(frame.payload)} bytes of payload", field="payload_length"
+        )
+    return bytes(frame.payload[record.payload_offset : end])
 
 
 def _pages(start: int, length: int) -> tuple[int, int]:

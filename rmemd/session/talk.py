@@ -194,7 +194,7 @@ class Talk:
             if reply.fd >= 0:
                 os.close(reply.fd)
         # from here on it is the client's, even if the daemon dies before it is read
-        operations.answered(request)
+        operations.answered()
 
     # --- datagrams ---------------------------------------------------------------------------
     def _receive(self) -> memoryview:

@@ -17,15 +17,14 @@ from rmemd.hooks.writes import TableSpec, Write
 from rmemd.store.values import (
     JournalUnreadable,
     Reader,
-    Shaper,
     decode_value,
-    encode,
+    encode_all,
     encode_value,
     reading,
 )
 from rmemd.units import I64, U64
 
-FORMAT = 3
+FORMAT = 4
 """Raised with every change that an older reader would not understand."""
 
 _RECORD, _NOTE = 0x21, 0x22
@@ -35,6 +34,8 @@ _OPS = (("put", 2), ("fill", 3), ("store", 2), ("set", 2), ("drop", 1), ("create
         ("destroy", 1))  # fmt: skip
 _OP_CODES = {name: (code, arity) for code, (name, arity) in enumerate(_OPS)}
 _NO_OP = (-1, -1)
+# of a part of a note that is no tuple: how many it was spread into
+_WHOLE = -1
 _of_table = attrgetter("name", "kind", "dtype", "fill", "length")
 
 
@@ -77,7 +78,7 @@ def encode_record(record: Record) -> bytes:
     Raises:
         TypeError: it holds something that is not plain, or a write that is no forward one.
     """
-    return _entry(_RECORD, encode(_shape_record, record))
+    return _entry(_RECORD, encode_all(_parts_of(record)))
 
 
 def encode_note(note: NoteEntry) -> bytes:
@@ -86,7 +87,14 @@ def encode_note(note: NoteEntry) -> bytes:
     Raises:
         TypeError: it holds something that is not plain.
     """
-    return _entry(_NOTE, encode(Shaper.all_shaped, note))
+    # nearly all keys are tuples, and what a call came to is one: spread out, they need no shape
+    key, value = note.key, note.value
+    nkey = len(key) if type(key) is tuple else _WHOLE
+    nvalue = len(value) if type(value) is tuple else _WHOLE
+    parts = [note.kind, note.dropped, nkey, nvalue]
+    parts += (key,) if nkey == _WHOLE else key
+    parts += (value,) if nvalue == _WHOLE else value
+    return _entry(_NOTE, encode_all(parts))
 
 
 def decode(data: memoryview | bytes) -> list[Record | NoteEntry]:
@@ -118,9 +126,11 @@ def _entry(kind: int, body: bytes) -> bytes:
     return _HEAD.pack(kind, len(body)) + body
 
 
-def _shape_record(shaper: Shaper, record: Record) -> Any:
-    parts: list[Any] = [record.revision, record.label]
-    for write in record.writes:
+def _parts_of(record: Record) -> list[Any]:
+    """Return what a record says, one value after another: what is nested costs a shape."""
+    writes, events = record.writes, record.events
+    parts: list[Any] = [record.revision, record.label, len(writes), len(events)]
+    for write in writes:
         op, args = write.op, write.args
         code, arity = _OP_CODES.get(op, _NO_OP)
         given = _of_table(*args) if op == "create" else args
@@ -128,32 +138,57 @@ def _shape_record(shaper: Shaper, record: Record) -> Any:
             raise TypeError(f"{op} of {write.table} is no forward write")
         parts += (code, write.table)
         parts += given
-    events = [part for event in record.events for part in event]
-    digests = [part for pair in record.digests for part in pair]
-    shaped = shaper.all_shaped
-    return shaped(parts), shaped(events), shaped(digests)
+    for kind, fields in events:
+        parts += (kind, len(fields))
+        parts += fields
+        parts += fields.values()
+    for pair in record.digests:
+        parts += pair
+    return parts
 
 
 def _read_record(reader: Reader, shaped: Any) -> Record:
-    (revision, label, *writes), events, digests = map(reader.all, shaped)
-    return Record(revision, label, tuple(_writes(iter(writes))), _pairs(events), _pairs(digests))
+    revision, label, nwrites, nevents, *rest = reader.all(shaped)
+    parts = iter(rest)
+    writes = tuple([_write(parts) for _ in range(nwrites)])
+    events = tuple([_event(parts) for _ in range(nevents)])
+    digests = list(parts)
+    return Record(
+        revision, label, writes, events, tuple(zip(digests[::2], digests[1::2], strict=True))
+    )
 
 
-def _writes(parts: Iterator[Any]) -> Iterator[Write]:
-    for code in parts:
-        op, arity = _OPS[code]
-        table, *args = islice(parts, arity + 1)
-        if len(args) != arity:
-            raise ValueError(f"{op} of {table} has {len(args)} arguments")
-        yield Write(table, op, (TableSpec(*args),) if op == "create" else tuple(args))
+def _write(parts: Iterator[Any]) -> Write:
+    op, arity = _OPS[_taken(parts, 1)[0]]
+    table, *args = _taken(parts, arity + 1)
+    return Write(table, op, (TableSpec(*args),) if op == "create" else tuple(args))
 
 
-def _pairs(parts: list[Any]) -> tuple[Any, ...]:
-    return tuple(zip(parts[::2], parts[1::2], strict=True))
+def _event(parts: Iterator[Any]) -> tuple[str, dict[str, Any]]:
+    kind, nfields = _taken(parts, 2)
+    names = _taken(parts, nfields)
+    return kind, dict(zip(names, _taken(parts, nfields), strict=True))
+
+
+def _taken(parts: Iterator[Any], count: int) -> list[Any]:
+    found = list(islice(parts, count))
+    if len(found) != count:
+        raise ValueError(f"{len(found)} parts where there should be {count}")
+    return found
 
 
 def _read_note(reader: Reader, shaped: Any) -> NoteEntry:
-    return NoteEntry(*reader.all(shaped))
+    kind, dropped, nkey, nvalue, *rest = reader.all(shaped)
+    parts = iter(rest)
+    key, value = _gathered(parts, nkey), _gathered(parts, nvalue)
+    if list(parts):
+        raise ValueError(f"a note of {kind} has more parts than it says")
+    return NoteEntry(kind, key, value, dropped)
+
+
+def _gathered(parts: Iterator[Any], count: int) -> Any:
+    """Return what was spread into so many parts."""
+    return _taken(parts, 1)[0] if count == _WHOLE else tuple(_taken(parts, count))
 
 
 _ENTRIES: dict[int, Callable[[Reader, Any], Any]] = {_RECORD: _read_record, _NOTE: _read_note}

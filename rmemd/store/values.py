@@ -39,7 +39,21 @@ def encode_value(value: Any) -> bytes:
     Raises:
         TypeError: it is not plain.
     """
-    return encode(Shaper.shaped, value)
+    return _encode(Shaper.shaped, value)
+
+
+def encode_all(values: list[Any]) -> bytes:
+    """Return plain values as the bytes of a list of them.
+
+    Raises:
+        TypeError: one of them is not plain.
+    """
+    if not _SCALARS.issuperset(map(type, values)):
+        return _encode(Shaper.all_shaped, values)
+    try:
+        return msgpack.encode(values)
+    except _TOO_MUCH:
+        return _encode(Shaper.all_shaped, values)
 
 
 def decode_value(data: memoryview | bytes) -> Any:
@@ -59,10 +73,13 @@ _SCALARS = frozenset((type(None), bool, int, float, str, bytes))
 # what needs no shape: of texts and integers nearly all, and arrays get theirs from the encoder
 _DIRECT = _SCALARS | {np.ndarray}
 _ALWAYS_DIRECT = _DIRECT - {int, str}
+# what the encoder raises of a text with surrogates, or an integer of more than 64 bits: then each
+# is looked at
+_TOO_MUCH = (OverflowError, UnicodeEncodeError)
 _INT_MIN, _INT_MAX = -(1 << 63), (1 << 64) - 1
 
 
-def encode(shape: Callable[[Shaper, Any], Any], value: Any) -> bytes:
+def _encode(shape: Callable[[Shaper, Any], Any], value: Any) -> bytes:
     """Return what ``shape`` makes of something that is made of plain values as bytes.
 
     Raises:
@@ -71,8 +88,7 @@ def encode(shape: Callable[[Shaper, Any], Any], value: Any) -> bytes:
     shaper = Shaper(_DIRECT)
     try:
         return msgpack.encode(shape(shaper, value), enc_hook=shaper.array)
-    except (OverflowError, UnicodeEncodeError):
-        # a text with surrogates, or an integer of more than 64 bits: then each is looked at
+    except _TOO_MUCH:
         shaper = Shaper(_ALWAYS_DIRECT)
         return msgpack.encode(shape(shaper, value), enc_hook=shaper.array)
 

@@ -42,7 +42,8 @@ def left(core: Core, poisoned: set[int], may_leak: bool) -> Iterator[str]:
     if pfns.size:
         uses = sorted({Use(int(u)).name for u in host.use.view[pfns]})
         yield f"{pfns.size} frames are left {uses}, first pfn {pfns[0]:#x}"
-    if any(core.ledger.count(entry) for entry in core.ledger.entries()):
+    counted = any(core.ledger.count(entry) for entry in core.ledger.entries())
+    if counted or core.sessions.pins():
         yield "references or pins are left in the ledger"
     tables = [name for name in core.space.tables if name.startswith(("vm/", "file/"))]
     if tables or len(host.vm_keys):

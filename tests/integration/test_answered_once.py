@@ -132,7 +132,7 @@ def test_what_was_carried_out_is_answered_and_not_done_again(
         if name not in AGAIN and not name.startswith("Start"):
             assert same(name, first.reply, second.reply), (first.reply, second.reply)
             assert after.engine.revision == revision
-    kept = [key for (key, _), _ in after.engine.core.notes.items("results")]
+    kept = [run for run, _ in after.engine.core.notes.items("results")]
     assert len(kept) == (f"SessionService/{name}" in SECRET and name == "OpenSession")
 
 
@@ -295,3 +295,22 @@ def test_who_means_another_daemon_is_told(daemons: Any) -> None:
         answer = daemon.rpc.call("GetHost", metadata=metadata)
         assert "MEMORY_LOST" in answer.message
     assert daemon.rpc.call("GetHost", metadata=[("rmem-daemon", LIFE)]).ok
+
+
+@pytest.mark.parametrize(
+    ("sent", "told"),
+    [
+        ((), False),
+        ((("traceparent", "00-1-1-00"),), False),
+        ((("rmem-daemon", ""),), True),
+        ((("rmem-daemon", LIFE),), False),
+        (((REQUEST_ID, str(uuid.uuid4())),), True),
+    ],
+)
+def test_who_asks_or_may_mean_this_daemon_is_told_which_it_is(
+    daemons: Any, sent: tuple[tuple[str, str], ...], told: bool
+) -> None:
+    who = daemons().rpc.channel.unary_unary("/rmem.v1.SessionService/WhoAmI")
+    _, call = who.with_call(b"", metadata=sent)
+    said = [pair for pair in call.trailing_metadata() if pair[0] == "rmem-daemon"]
+    assert said == ([("rmem-daemon", LIFE)] if told else [])

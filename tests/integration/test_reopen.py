@@ -323,7 +323,7 @@ def test_a_call_that_is_repeated_after_a_kill_is_not_made_twice(
         assert repr(ONCE[name](after, _twin(guest, after))) == repr(first)
     assert after.revision == revision
     after.core.calls.forget(("uid:1", 0, "id"))
-    assert [key for key, _ in after.core.notes.items("results") if key[0][2] == "id"] == []
+    assert [run for run, _ in after.core.notes.items("results") if run[2] == "id"] == []
     after.close()
 
 
@@ -349,11 +349,11 @@ def test_a_file_whose_close_was_cut_off_at_any_frame_is_closed_once(
 
     monkeypatch.setattr(kept, "drop", drop)
     _after_each_frame(engine, lambda: moments.append(reopened(kept)))
-    with engine.core.calls.of("id"):
+    with engine.core.calls.of(("id",)):
         freed = engine.close_file(guest.file)
     assert len(moments) >= 2
     for after in moments:
-        with after.core.calls.of("id"):
+        with after.core.calls.of(("id",)):
             assert after.close_file(guest.file) == freed
         assert not after.core.files.exists(guest.file)
         assert after.recovered is not None
@@ -382,12 +382,12 @@ def test_a_populate_that_was_cut_off_goes_on(engine: Engine, kept: Kept) -> None
         moments.append(reopened(kept))
 
     engine.core.hold = hold
-    with engine.core.calls.of("id"):
+    with engine.core.calls.of(("id",)):
         assert guest.populate(0, data) == guest.npages
     engine.core.hold = None
     assert len(moments) >= 3
     for after in moments:
-        with after.core.calls.of("id"):
+        with after.core.calls.of(("id",)):
             assert _twin(guest, after).populate(0, data) == guest.npages
         assert after.finalize(guest.vm) == after.finalize(whole.vm)
         after.close()
@@ -425,14 +425,14 @@ def test_notes_and_results_outlive_a_log_that_is_begun_anew(engine: Engine, kept
     for key in (1, 2, 3):
         engine.core.notes.set("kind", key, f"value {key}")
     engine.core.notes.drop("kind", 1)
-    with engine.core.calls.of("id"):
+    with engine.core.calls.of(("id",)):
         made = engine.create_vm("null").info.vm
     with engine.core.locked():
         engine.core.journal.begin_generation()
     engine.core.notes.drop("kind", 3, flush=True)
     after = reopened(kept)
     assert after.core.notes.items("kind") == [(2, "value 2")]
-    with after.core.calls.of("id"):
+    with after.core.calls.of(("id",)):
         assert after.create_vm("null").info.vm == made
     assert len(after.core.vms.all()) == 1
     after.close()
@@ -502,14 +502,14 @@ def test_a_session_whose_end_was_cut_off_is_ended_and_its_end_is_answered(
     engine.get_pages(file, 0, 4 * PAGE_SIZE, owner)
     moments: list[Engine] = []
     _after_each_frame(engine, lambda: moments.append(reopened(kept)))
-    with engine.core.calls.of("id"):
+    with engine.core.calls.of(("id",)):
         closed = engine.close_session(session)
     assert closed.released_pages == 4
     assert len(moments) >= 2
     for after in moments:
         assert not after.core.sessions.exists(session)
         assert not after.core.vms.exists(vm)
-        with after.core.calls.of("id"):
+        with after.core.calls.of(("id",)):
             assert after.close_session(session) == closed
         after.close()
 
@@ -542,11 +542,11 @@ def test_memory_behind_a_slot_goes_with_it_however_it_is_cut_off(
         if how == "destroy_vm"
         else (lambda e: e.set_memory_region(vm, 0, 0, 0, 0))
     )
-    with engine.core.calls.of("id"):
+    with engine.core.calls.of(("id",)):
         end(engine)
     assert moments
     for after in moments:
         assert after.core.files.all() == []
-        with after.core.calls.of("id"):
+        with after.core.calls.of(("id",)):
             end(after)
         after.close()

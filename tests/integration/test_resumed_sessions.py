@@ -285,8 +285,8 @@ def test_a_datagram_that_was_not_answered_is_answered_as_it_was(world: World, di
         # the very same datagram, and nothing of it is kept once it is answered
         assert len(set(dies.served)) == 1
         session.unpin(2)
-        kept = [key for (key, _), _ in world.engine.core.notes.items("results")]
-        assert not [key for key in kept if key[2] == dies.served[0]]
+        kept = [run for run, _ in world.engine.core.notes.items("results")]
+        assert not [run for run in kept if run[2] == dies.served[0]]
 
 
 def test_one_without_an_answer_in_a_batch_of_many_threads(world: World, dies: Dies) -> None:

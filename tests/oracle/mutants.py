@@ -105,7 +105,7 @@ def close_keeps_the_shared_frames(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_pin_is_not_counted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Ledger, "hold_whole", lambda self, tx, entry, pfns: None)
+    patch.setattr(Ledger, "hold_pin", lambda self, tx, pin, pfns: self._sessions.add_pin(tx, pin))
 
 
 def allocate_counts_one_more(patch: pytest.MonkeyPatch) -> None:

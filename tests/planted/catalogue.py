@@ -180,7 +180,7 @@ _TABLE = (
     ),
     Mutant(
         "refusal-without-undo", LEAK, "rmemd.engine.core",
-        "            else:\n                tx.rollback()\n", "",
+        "        else:\n            tx.rollback()\n", "",
         "a_refusal_changes_nothing",
     ),
     Mutant(
@@ -208,10 +208,9 @@ _TABLE = (
         "a_vm_goes_and_its_file_stays", "I16",
     ),
     Mutant(
-        "unpin-leaves-the-ledger", LEAK, "rmemd.engine.pins",
-        "    return core.ledger.forget(tx, held.holder)\n",
-        "    return core.ledger.frames(held.holder)\n",
-        "pins_come_and_go", "I14",
+        "unpin-leaves-the-ledger", LEAK, "rmemd.model.ledger",
+        "        self._sessions.drop_pin(tx, pin.pin)\n", "",
+        "pins_come_and_go", "I2",
     ),
     # --- a failed migration ------------------------------------------------------------------
     Mutant(
@@ -303,14 +302,13 @@ _TABLE = (
     ),
     Mutant(
         "long-term-pin-counted-as-a-reference", COUNT, "rmemd.model.ledger",
-        "        column = self._host.pins if entry.longterm else self._host.refs\n"
-        "        tx.put(column, pfns, column.get(pfns) + ",
-        "        column = self._host.refs\n        tx.put(column, pfns, column.get(pfns) + ",
+        "        _change(tx, self._host.pins, pfns, _ONE_MORE)\n",
+        "        _change(tx, self._host.refs, pfns, _ONE_MORE)\n",
         "pins_come_and_go", "I2",
     ),
     Mutant(
         "forgotten-holder-still-counts", COUNT, "rmemd.model.ledger",
-        "            self._add_to_column(tx, entry, pfns, _ONE_LESS)\n",
+        "        _change(tx, self._host.pins, pfns, _ONE_LESS)\n",
         "",
         "pins_come_and_go", "I2",
     ),

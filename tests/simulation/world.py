@@ -68,7 +68,7 @@ class Running:
     task: Task | None = None
     gone: bool = False
     revisions: int = 0
-    key: str = ""
+    key: tuple[str, int] = ("", 0)
     call: Callable[[Engine], Any] | None = None
     crashed: bool = False
 
@@ -320,7 +320,7 @@ class World:
             except (StopIteration, RmemError, OSError):
                 break
             self._calls += 1
-            one.call, one.key, one.crashed = call, f"call {self._calls}", False
+            one.call, one.key, one.crashed = call, ("call", self._calls), False
             task = self._make_call(one)
             if not task.over:
                 return

@@ -245,6 +245,23 @@ def test_entries_one_after_another_come_back_in_order() -> None:
     assert decode(b"") == []
 
 
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_a_note_comes_back_whatever_its_key_and_its_value_are(value: Any) -> None:
+    for whole in (value, (value,), (value, value, 7)):
+        for note in (NoteEntry("kind", whole, 5, False), NoteEntry("kind", (3,), whole, True),
+                     NoteEntry("kind", whole, whole, False)):  # fmt: skip
+            (found,) = decode(encode_note(note))
+            assert same(found, note)
+
+
+def test_a_note_of_other_parts_than_it_says_is_refused() -> None:
+    note = encode_note(NoteEntry("", (1, 2), (3,), False))
+    at = note.index(bytes((2, 1, 1, 2, 3)))
+    for nkey in (1, 3, 4, 127, 0xE0):
+        with pytest.raises(JournalUnreadable):
+            decode(note[:at] + bytes((nkey,)) + note[at + 1 :])
+
+
 def test_an_entry_that_was_cut_or_is_unknown_is_refused() -> None:
     data = encode_note(NoteEntry("kind", "key", [1, 2, 3], False))
     for length in range(1, len(data)):

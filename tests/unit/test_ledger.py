@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.tx import Tx
 from rmemd.model.host import Host
-from rmemd.model.ledger import Entry, Ledger
+from rmemd.model.ledger import Entry, Ledger, as_runs, frames_of
+from rmemd.model.sessions import Owner, PagePin, Sessions
 
 N = 512
 ENTRIES = [
@@ -20,12 +22,8 @@ ENTRIES = [
     Entry("vm/2", "protected guest", True),
     Entry("session/7", "DMA", True),
 ]
-# held as a whole, so new each time
-PINS = [
-    Entry("session 7 pin 1", "DMA", True),
-    Entry("session 7 pin 2", "DMA", True),
-    Entry("session 8 pin 3", "get", False),
-]
+# as the model counts pins
+PINS = {number: Entry(f"session 7 pin {number}", "DMA", True) for number in (1, 2, 3)}
 frames = st.lists(st.integers(0, 15), min_size=1, max_size=6, unique=True)
 script = st.lists(
     st.one_of(
@@ -33,8 +31,8 @@ script = st.lists(
         st.tuples(st.just("drop"), st.sampled_from(ENTRIES), frames),
         st.tuples(st.just("forget"), st.sampled_from(ENTRIES), frames),
         st.tuples(st.just("move"), st.sampled_from(ENTRIES), frames),
-        st.tuples(st.just("hold whole"), st.sampled_from(PINS), frames),
-        st.tuples(st.just("forget"), st.sampled_from(PINS), frames),
+        st.tuples(st.just("pin"), st.sampled_from(sorted(PINS)), frames),
+        st.tuples(st.just("unpin"), st.sampled_from(sorted(PINS)), frames),
     ),
     max_size=15,
 )
@@ -44,7 +42,25 @@ def _array(numbers: list[int]) -> np.ndarray:
     return np.array(numbers, dtype=np.int64)
 
 
-def _check(host: Host, ledger: Ledger, model: Counter[tuple[Entry, int]]) -> None:
+def _ledger(tx: Tx) -> tuple[Host, Sessions, Ledger]:
+    host, sessions = Host(tx.space, tx, N, 1), Sessions(tx)
+    return host, sessions, Ledger(host, sessions, tx)
+
+
+def _pin(sessions: Sessions, ledger: Ledger, tx: Tx, number: int, pfns: list[int]) -> None:
+    """Pin frames, under a handle that is not in use: what had it is released."""
+    if any(pin.pin == number for pin in sessions.pins()):
+        ledger.release_pin(tx, sessions.pin(number))
+    frames, entry = _array(pfns), PINS[number]
+    pin = PagePin(
+        number, 1, 0, frames.size, entry.purpose, entry.holder, Owner("", 7), as_runs(frames)
+    )
+    ledger.hold_pin(tx, pin, frames)
+
+
+def _check(
+    host: Host, sessions: Sessions, ledger: Ledger, model: Counter[tuple[Entry, int]]
+) -> None:
     refs, pins = np.zeros(N, dtype=np.int64), np.zeros(N, dtype=np.int64)
     for (entry, pfn), count in model.items():
         (pins if entry.longterm else refs)[pfn] += count
@@ -54,38 +70,43 @@ def _check(host: Host, ledger: Ledger, model: Counter[tuple[Entry, int]]) -> Non
         named = sorted((h.name, h.purpose, h.count) for h in ledger.holders(pfn))
         expected = sorted((e.holder, e.purpose, c) for (e, p), c in model.items() if p == pfn and c)
         assert named == expected
-    for entry in [*ENTRIES, *PINS]:
+    for entry in ENTRIES:
         held = {p for (e, p), c in model.items() if e == entry and c}
         assert ledger.count(entry) == len(held)
         assert set(np.flatnonzero(ledger.held(entry, np.arange(N))).tolist()) == held
+    for pin in sessions.pins():
+        assert frames_of(pin).tolist() == sorted(p for e, p in model if e == PINS[pin.pin])
 
 
 @given(script)
-def test_columns_are_the_sums_over_named_holders(steps: list[tuple[str, Entry, list[int]]]) -> None:
+def test_columns_are_the_sums_over_named_holders(steps: list[tuple[str, Any, list[int]]]) -> None:
     tx = Tx(Space(), "start")
-    host = Host(tx.space, tx, N, 1)
-    ledger = Ledger(host, tx)
+    host, sessions, ledger = _ledger(tx)
     baseline = tx.space.snapshot()
     mark = tx.mark()
     model: Counter[tuple[Entry, int]] = Counter()
-    for op, entry, pfns in steps:
+    for op, who, pfns in steps:
         if op == "hold":
-            ledger.hold(tx, entry, _array(pfns))
-            model.update((entry, p) for p in pfns)
-        elif op == "hold whole":
-            ledger.forget(tx, entry.holder)
-            ledger.hold_whole(tx, entry, _array(pfns))
-            model = Counter({k: c for k, c in model.items() if k[0] != entry})
-            model.update((entry, p) for p in pfns)
+            ledger.hold(tx, who, _array(pfns))
+            model.update((who, p) for p in pfns)
         elif op == "drop":
-            pfns = [p for p in pfns if model[entry, p]]
-            ledger.drop(tx, entry, _array(pfns))
-            model.subtract((entry, p) for p in pfns)
+            pfns = [p for p in pfns if model[who, p]]
+            ledger.drop(tx, who, _array(pfns))
+            model.subtract((who, p) for p in pfns)
         elif op == "forget":
-            gone = ledger.forget(tx, entry.holder)
-            mine = {p for (e, p), c in model.items() if e.holder == entry.holder and c}
+            gone = ledger.forget(tx, who.holder)
+            mine = {p for (e, p), c in model.items() if e.holder == who.holder and c}
             assert set(gone.tolist()) == mine
-            model = Counter({k: c for k, c in model.items() if k[0].holder != entry.holder})
+            model = Counter({k: c for k, c in model.items() if k[0].holder != who.holder})
+        elif op == "pin":
+            _pin(sessions, ledger, tx, who, pfns)
+            model = Counter({k: c for k, c in model.items() if k[0] != PINS[who]})
+            model.update((PINS[who], p) for p in pfns)
+        elif op == "unpin":
+            mine = {p for e, p in model if e == PINS[who]}
+            if mine:
+                assert set(ledger.release_pin(tx, sessions.pin(who)).tolist()) == mine
+            model = Counter({k: c for k, c in model.items() if k[0] != PINS[who]})
         elif all(c <= 1 for (_, p), c in model.items() if p in pfns):
             # whole frames move to frames that nobody holds, as in a migration
             free = [p for p in range(16, 32) if not any(c for (_, q), c in model.items() if q == p)]
@@ -95,25 +116,25 @@ def test_columns_are_the_sums_over_named_holders(steps: list[tuple[str, Entry, l
             for one, other in zip(src, dst, strict=True):
                 for held in ENTRIES:
                     model[held, other] = model.pop((held, one), 0)
-        _check(host, ledger, model)
+        _check(host, sessions, ledger, model)
     tx.rollback(mark)
     assert same_state(baseline, tx.space.snapshot()) == []
 
 
 @given(script)
 def test_when_every_holder_is_forgotten_the_baseline_is_left(
-    steps: list[tuple[str, Entry, list[int]]],
+    steps: list[tuple[str, Any, list[int]]],
 ) -> None:
     tx = Tx(Space(), "start")
-    host = Host(tx.space, tx, N, 1)
-    ledger = Ledger(host, tx)
+    _, sessions, ledger = _ledger(tx)
     baseline = tx.space.snapshot()
-    for _, entry, pfns in steps:
-        if entry in PINS:
-            ledger.forget(tx, entry.holder)
-            ledger.hold_whole(tx, entry, _array(pfns))
+    for _, who, pfns in steps:
+        if who in PINS:
+            _pin(sessions, ledger, tx, who, pfns)
         else:
-            ledger.hold(tx, entry, _array(pfns))
-    for holder in {entry.holder for entry in [*ENTRIES, *PINS]}:
-        ledger.forget(tx, holder)
+            ledger.hold(tx, who, _array(pfns))
+    for entry in ENTRIES:
+        ledger.forget(tx, entry.holder)
+    for pin in sessions.pins():
+        ledger.release_pin(tx, pin)
     assert same_state(baseline, tx.space.snapshot()) == []

@@ -348,7 +348,7 @@ def test_a_log_of_another_format_is_refused(
     log = begun(make_fds())
     before = contents(log.fds)
     monkeypatch.setattr(where, 99)
-    with pytest.raises(JournalUnreadable, match=r"format 1\.3"):
+    with pytest.raises(JournalUnreadable, match=r"format 1\.4"):
         Log(log.fds)
     assert contents(log.fds) == before
 

@@ -17,8 +17,9 @@ from .address import Token
 
 REQUEST_ID = "rmem-request-id"
 TOKEN = "rmem-token"
-# by this metadata a daemon says which memory it has; who was told once sends it with each call, so
-# that another daemon, to which the old handles mean other things, does not carry it out
+# By this metadata a daemon says which memory it has, to who sends it empty. Who was told sends it
+# with each call, so that another daemon, to which the old handles mean other things, does not carry
+# it out.
 DAEMON = "rmem-daemon"
 
 CLOSED = "this client was closed meanwhile"
@@ -40,14 +41,12 @@ def mutates(kind: type[Message]) -> bool:
     return known
 
 
-def metadata_of(request: Message, token: Token, daemon: str = "") -> Metadata | None:
-    """Return a call's metadata, ``daemon`` if that is known; a new id with each call of this."""
-    told = identity(token) or ()
-    if daemon:
-        told += ((DAEMON, daemon),)
+def metadata_of(request: Message, token: Token, daemon: str = "") -> Metadata:
+    """Return a call's metadata; a new id with each call of this. ``daemon`` is "" if unknown."""
+    told = (*(identity(token) or ()), (DAEMON, daemon))
     if mutates(type(request)):
         told += ((REQUEST_ID, str(uuid.uuid4())),)
-    return told or None
+    return told
 
 
 def daemon_of(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
