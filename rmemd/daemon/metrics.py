@@ -114,19 +114,19 @@ class Calls(Collector):
 
     def count(self, done: Called) -> None:
         """Count a call."""
-        method, seconds = done.method, done.seconds
+        method, code, reason, seconds = done[:4]
         with self._lock:
             try:
-                self._ended[method, done.code].times += 1
+                self._ended[method, code].times += 1
                 took = self._took[method]
             except KeyError:
-                self._ended.setdefault((method, done.code), _Counted()).times += 1
+                self._ended.setdefault((method, code), _Counted()).times += 1
                 took = self._took.setdefault(method, _Took())
             # a bucket has what is equal to its bound
             took.counts[bisect_left(BUCKETS_SECONDS, seconds)] += 1
             took.total += seconds
-            if done.reason:
-                self._refused.setdefault((done.reason,), _Counted()).times += 1
+            if reason:
+                self._refused.setdefault((reason,), _Counted()).times += 1
 
     def describe(self) -> list[Metric]:
         """Return names without samples, for the registry."""

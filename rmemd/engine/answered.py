@@ -14,11 +14,8 @@ class Answered(threading.local):
 
     Attributes:
         revision: at which the thread's last operation ended, or its last query was served, taken
-            under the lock; 0 before the first since ``begin``.
+            under the lock. A call begins by setting it to 0, as what its thread asked before is
+            not for its own reply.
     """
 
     revision = 0
-
-    def begin(self) -> None:
-        """Have a call begin: what the thread asked before is not for this one's reply."""
-        self.revision = 0

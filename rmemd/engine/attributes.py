@@ -8,7 +8,7 @@ ranges before the one that is refused stay. Source: restrictedmem.md §2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -25,40 +25,38 @@ from rmemd.hooks.types import Why
 from rmemd.model.files import PRIVATE, SHARED, RestrictedFile
 from rmemd.model.spans import Spans
 from rmemd.model.vms import Slot, Vm
-from rmemd.units import I64, MAX_GFN, PAGE_SHIFT, PAGE_SIZE, U8, U64, Bools
+from rmemd.units import I64, MAX_GFN, PAGE_SHIFT, PAGE_SIZE, U8, U64
 
 Ranges = Sequence[tuple[int, int, int]] | U64
 # more are set range by range: no hook is given so many at once that it would be overdue
 TOGETHER_PAGES = 1 << 20
-_SHIFT, _ONE = np.uint64(PAGE_SHIFT), np.uint64(1)
-_IN_PAGE, _TOP = np.uint64(PAGE_SIZE - 1), np.uint64(MAX_GFN * PAGE_SIZE)
+_SHIFT = np.uint64(PAGE_SHIFT)
 
 
 class Asked(Struct, frozen=True):
-    """Guest ranges in pages, and what each is to be (1: private), in the caller's order."""
+    """Guest ranges in pages, and what each is to be (1: private).
 
-    starts: I64
-    counts: I64
+    They are as the caller has them, in any order, and may overlap: the later one counts.
+    """
+
+    spans: Spans
     private: U8
 
     def one(self, index: int) -> Asked:
         """Return one of them."""
-        at = slice(index, index + 1)
-        return Asked(self.starts[at], self.counts[at], self.private[at])
+        at, spans = slice(index, index + 1), self.spans
+        return Asked(Spans(spans.starts[at], spans.counts[at]), self.private[at])
 
     def apart(self) -> Asked | None:
-        """Return them in ascending order; None if two overlap, of which the later one counts."""
-        if (self.starts[1:] < self.starts[:-1]).any():
-            order = np.argsort(self.starts)
-            return Asked(self.starts[order], self.counts[order], self.private[order]).apart()
-        overlap = (self.starts[1:] < self.starts[:-1] + self.counts[:-1]).any()
-        return None if overlap else self
-
-    def changing(self, vm: Vm) -> tuple[Spans, U8]:
-        """Return those that are not so already, and what they are to be."""
-        every = Spans(self.starts, self.counts)
-        changing = ~every.are(vm.attributes, self.private)
-        return every.where(changing), self.private[changing]
+        """Return them in ascending order; None if two overlap."""
+        spans = self.spans
+        if not np.count_nonzero(spans.starts[1:] < spans.ends[:-1]):
+            return self
+        order = np.argsort(spans.starts, kind="stable")
+        if (order[1:] > order[:-1]).all():
+            return None
+        ordered = Spans(spans.starts[order], spans.counts[order])
+        return Asked(ordered, self.private[order]).apart()
 
 
 def set_attributes(core: Core, number: int, ranges: Ranges, flags: int) -> Steps[int]:
@@ -79,18 +77,19 @@ def set_attributes(core: Core, number: int, ranges: Ranges, flags: int) -> Steps
             f"{vm.info.label} converts in place: use the file's attributes", rule=RULE_IN_PLACE
         )
     asked = _checked(vm, ranges, flags)
-    several = asked.starts.size > 1 and int(asked.counts.sum()) <= TOGETHER_PAGES
+    nranges = asked.private.size
+    several = nranges > 1 and asked.spans.total <= TOGETHER_PAGES
     # a rule strikes at a passage, and each range passes by itself
     together = asked.apart() if several and not core.rules.all() else None
     if together is not None:
         try:
-            return (yield from core.unit(partial(_set, core, number, together)))
+            return (yield from core.at_once(partial(_set, core, number, together)))
         except RmemError:
             # nothing has happened: which of them it is for is found below
             pass
     unchanged = 0
-    for index in range(asked.starts.size):
-        unchanged += yield from core.unit(partial(_set, core, number, asked.one(index)))
+    for index in range(nranges):
+        unchanged += yield from core.at_once(partial(_set, core, number, asked.one(index)))
     return unchanged
 
 
@@ -101,49 +100,39 @@ def _checked(vm: Vm, ranges: Ranges, flags: int) -> Asked:
         InvalidArgument: UNKNOWN_FLAG, ATTRIBUTES_UNSUPPORTED, BAD_RANGE, NOT_PAGE_ALIGNED, for
             the first range that it is true of.
     """
-    if isinstance(ranges, np.ndarray):
-        gpas, sizes, attributes = (np.ascontiguousarray(ranges[:, i]) for i in range(3))
-        wrong = _wrong(gpas, sizes, attributes, supported(vm))
-        if flags or wrong.any():
-            at = 0 if flags else int(np.argmax(wrong))
-            _check(vm, flags, at, tuple(ranges[at].tolist()))
-    else:
-        for index, row in enumerate(ranges):
-            _check(vm, flags, index, row)
-        gpas, sizes, attributes = np.array(ranges, dtype=np.uint64).reshape(-1, 3).T
-    return Asked(
-        (gpas >> _SHIFT).astype(np.int64), (sizes >> _SHIFT).astype(np.int64),
-        (attributes != 0).astype(np.uint8),
-    )  # fmt: skip
+    if not isinstance(ranges, np.ndarray):
+        _check_each(vm, ranges, flags)
+        ranges = np.array(ranges, dtype=np.uint64).reshape(-1, 3)
+    columns = np.ascontiguousarray(ranges.T)
+    # what bits any of them has, by column
+    gpas, sizes, attributes = np.bitwise_or.reduce(columns, axis=1).tolist()
+    spans = Spans(*(columns[:2] >> _SHIFT).view(np.int64))
+    if (
+        flags or (gpas | sizes) & (PAGE_SIZE - 1) or attributes & ~supported(vm)
+        or np.minimum.reduce(spans.counts, initial=1) < 1
+        or np.maximum.reduce(spans.ends, initial=0) > MAX_GFN
+    ):  # fmt: skip
+        _check_each(vm, ranges.tolist(), flags)
+    return Asked(spans, (columns[2] != 0).view(np.uint8))
 
 
-def _wrong(gpas: U64, sizes: U64, attributes: U64, allowed: int) -> Bools:
-    """Return which ranges ``check_range`` refuses, for one reason or another."""
-    # an empty one wraps to the largest size there is
-    wrong = (gpas > _TOP) | (sizes - _ONE >= _TOP) | (gpas + sizes > _TOP)
-    wrong |= ((gpas | sizes) & _IN_PAGE) != 0
-    wrong |= (attributes & ~np.uint64(allowed)) != 0
-    return wrong
+def _check_each(vm: Vm, ranges: Sequence[tuple[int, int, int]], flags: int) -> None:
+    for index, (gpa, size, attributes) in enumerate(ranges):
+        check_range(vm, flags, attributes, gpa, size, f"ranges[{index}].", "gpa")
 
 
-def _check(vm: Vm, flags: int, index: int, row: tuple[int, int, int]) -> None:
-    gpa, size, attributes = row
-    check_range(vm, flags, attributes, gpa, size, f"ranges[{index}].", "gpa")
-
-
-def _set(core: Core, number: int, asked: Asked) -> Steps[int]:
+def _set(core: Core, number: int, asked: Asked) -> int:
     """Set ranges that ascend and do not overlap; return how many were so already."""
-    yield from ()
     vm = core.vms.alive(number)
-    changing, private = asked.changing(vm)
-    if not changing.starts.size:
-        return asked.starts.size
+    changing, private = asked.spans, asked.private
+    same = changing.are(vm.attributes, private)
+    unchanged = int(np.count_nonzero(same))
+    if unchanged == same.size:
+        return unchanged
+    if unchanged:
+        changing, private = changing.where(~same), private[~same]
     _require_idle(core, number, changing)
-    # each state in as few ranges as can be: adjacent ones are one
-    halves = {
-        state: changing.where(private == state).merged()
-        for state in (SHARED, PRIVATE) if (private == state).any()
-    }  # fmt: skip
+    halves = {state: spans.handled() for state, spans in _by_state(changing, private)}
     with core.tx("set attributes") as tx:
         views = []
         for state, spans in halves.items():
@@ -157,7 +146,17 @@ def _set(core: Core, number: int, asked: Asked) -> Steps[int]:
                 spans.write(tx, vm.attributes, state)
         for state, spans in halves.items():
             _tell(tx, number, spans, state == PRIVATE)
-    return asked.starts.size - changing.starts.size
+    return unchanged
+
+
+def _by_state(spans: Spans, private: U8) -> Iterator[tuple[int, Spans]]:
+    """Yield what is to be shared and what private, if there is any."""
+    nprivate = int(np.count_nonzero(private))
+    if nprivate in (0, private.size):
+        yield PRIVATE if nprivate else SHARED, spans
+        return
+    for state in (SHARED, PRIVATE):
+        yield state, spans.where(private == state)
 
 
 def _require_idle(core: Core, number: int, spans: Spans) -> None:
@@ -168,6 +167,9 @@ def _require_idle(core: Core, number: int, spans: Spans) -> None:
 
 
 def _slots(vm: Vm, spans: Spans) -> list[Slot]:
+    slot = vm.slot_at(spans.first)
+    if slot is not None and spans.first + spans.extent <= slot.gfn + slot.npages:
+        return [slot]
     columns = (column.tolist() for column in vm.slotmap.runs(spans.first, spans.extent))
     runs = zip(*columns, strict=True)
     numbers = {slot for start, n, slot in runs if slot and spans.meet(start, n)}
@@ -199,7 +201,7 @@ def _uncharged(core: Core, file: RestrictedFile, spans: Spans) -> I64:
 
 def _tell(tx: Tx, number: int, spans: Spans, private: bool) -> None:
     """Tell of ranges that were set to one state: as one range, or from where on how many pages."""
-    several = {"ranges": spans.starts.size} if spans.starts.size > 1 else {}
+    several = {"ranges": spans.pieces} if spans.pieces > 1 else {}
     tx.emit(
         "attributes_set", vm=number, gfn=spans.first, npages=spans.total, private=private, **several
     )

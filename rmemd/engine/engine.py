@@ -95,8 +95,7 @@ class Engine:
     def answered(self) -> int:
         """Return the revision at which what this thread asked last was carried out (I21).
 
-        It is that of the reply to it. The present one, if nothing was asked since
-        ``core.answered.begin``.
+        It is that of the reply to it. The present one, if the call asked nothing yet.
         """
         return self.core.answered.revision or self.revision
 

@@ -91,7 +91,14 @@ class Journal:
         revision = self.revision + 1
         record = Record(revision, tx.label, tuple(tx.redo), tuple(tx.events), tuple(tx.in_place))
         if self._log is not None:
-            self._buffer(self._encoded(record, tx))
+            try:
+                entry = encode_record(record)
+            except NOT_PLAIN as error:
+                fault = fault_of(tx)
+                if fault is None:
+                    raise
+                raise fault from error
+            self._buffer(entry)
         self.revision = revision
         if self._keeps:
             self.records.append(record)
@@ -181,15 +188,6 @@ class Journal:
     def oldest_revision(self) -> int:
         """Return the revision that a watch can start from at the earliest."""
         return self._compacted
-
-    def _encoded(self, record: Record, tx: Tx) -> bytes:
-        try:
-            return encode_record(record)
-        except NOT_PLAIN as error:
-            fault = fault_of(tx)
-            if fault is None:
-                raise
-            raise fault from error
 
     def _buffer(self, entry: bytes) -> None:
         assert self._log is not None

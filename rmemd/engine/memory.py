@@ -80,7 +80,10 @@ def create(
 def new_file(core: Core, tx: Tx, vm: Vm, size_pages: int, flags: int) -> RestrictedFile:
     """Make a file in a transaction."""
     file = core.files.create(tx, vm.info.vm, size_pages, flags, vm.info.in_place, vm.info.owner)
-    tx.emit("file_created", vm=vm.info.vm, file=file.info.file, npages=size_pages)
+    tx.emit(
+        "file_created", vm=vm.info.vm, file=file.info.file, npages=size_pages,
+        tenant=vm.info.owner.tenant,
+    )  # fmt: skip
     return file
 
 
@@ -236,9 +239,11 @@ def _is_alone(core: Core, number: int, session: int) -> bool:
         return False
     half = file.half(private=False)
     present = half.touched(0, file.info.size_pages)
+    if not present.size:
+        return True
     # who holds a page may write to it when the file is gone
     pfns = np.asarray(half.get(present), dtype=np.int64) - 1
-    return not present.size or not frames.referenced(core, pfns).any()
+    return not frames.referenced(core, pfns).any()
 
 
 def _is_its_own(core: Core, file: RestrictedFile, session: int) -> bool:
@@ -358,9 +363,11 @@ def byte_range(file: RestrictedFile, offset: int, length: int) -> tuple[int, int
     Raises:
         InvalidArgument: BAD_RANGE, NOT_PAGE_ALIGNED.
     """
-    for field, value in (("offset_bytes", offset), ("length_bytes", length)):
-        if not is_page_aligned(value):
-            raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field)
+    if not is_page_aligned(offset | length):
+        field, value = (
+            ("length_bytes", length) if is_page_aligned(offset) else ("offset_bytes", offset)
+        )
+        raise NOT_PAGE_ALIGNED(f"{field} {value:#x}", field=field)
     if offset < 0 or length <= 0 or offset + length > file.info.size_pages * PAGE_SIZE:
         raise BAD_RANGE(
             f"{offset:#x}+{length:#x} is not inside file/{file.info.file}", field="offset_bytes"

@@ -6,8 +6,9 @@ Owns ``page``, the query that a VMM asks most. It reads single entries of the ta
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from msgspec import Struct
 
 from rmemd.consumers.guard import Consumer
 from rmemd.engine.core import Core
@@ -25,7 +26,7 @@ _STORED = {
 _PRIVATE, _SHARED, _POISONED = int(Use.PRIVATE), int(Use.SHARED), int(POISON)
 
 
-class Page(Struct, frozen=True):
+class Page(NamedTuple):
     """One page's whole story."""
 
     pfn: int

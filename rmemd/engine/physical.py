@@ -201,32 +201,35 @@ def judge_error(core: Core, tx: Tx, vm: Vm, runs: Runs, consumed: bool) -> str:
     return lost
 
 
-def resolve(
-    core: Core, pfn: int | None, guest: tuple[int, int] | None, page: tuple[int, int] | None
-) -> int:
-    """Return the frame that an address names: a pfn, (vm, gfn) or (file, pgoff).
+def frame_of_gfn(core: Core, vm: int, gfn: int) -> int:
+    """Return the frame of a guest page, mapped or not.
 
     Raises:
-        RmemError: BAD_REQUEST, or FRAME_NOT_OWNED where the page has no frame.
+        NotFound: NO_SUCH_VM.
+        Refused: FRAME_NOT_OWNED, as the page has no frame.
     """
-    if pfn is not None:
-        return int(frame_range(core, pfn, 1, "page.pfn")[0])
-    if guest is not None:
-        vm = core.vms.get(guest[0])
-        entry = vm.mirror.at(guest[1]) if guest[1] >= 0 else 0
+    view = core.vms.get(vm)
+    if gfn >= 0:
+        entry = view.mirror.at(gfn)
         if entry:
             return (entry >> 1) - 1
-        slot = vm.slot_at(guest[1]) if guest[1] >= 0 else None
+        slot = view.slot_at(gfn)
         if slot is not None and core.files.exists(slot.file):
-            page = (slot.file, guest[1] - slot.gfn + slot.pgoff)
-    if page is None:
-        if guest is None:
-            raise BAD_REQUEST("no page is named", field="page")
-        raise FRAME_NOT_OWNED(f"gfn {guest[1]:#x} has no frame", page=f"gfn {guest[1]:#x}")
-    file = core.files.get(page[0])
-    found = file.frames.at(page[1]) or file.shared.at(page[1]) if page[1] >= 0 else 0
+            return frame_of_page(core, slot.file, gfn - slot.gfn + slot.pgoff)
+    raise FRAME_NOT_OWNED(f"gfn {gfn:#x} has no frame", page=f"gfn {gfn:#x}")
+
+
+def frame_of_page(core: Core, number: int, pgoff: int) -> int:
+    """Return the frame of a file's page.
+
+    Raises:
+        NotFound: NO_SUCH_FILE.
+        Refused: FRAME_NOT_OWNED, as the page is a hole.
+    """
+    file = core.files.get(number)
+    found = file.frames.at(pgoff) or file.shared.at(pgoff) if pgoff >= 0 else 0
     if not found:
         raise FRAME_NOT_OWNED(
-            f"pgoff {page[1]:#x} of file/{page[0]} is a hole", page=f"pgoff {page[1]:#x}"
+            f"pgoff {pgoff:#x} of file/{number} is a hole", page=f"pgoff {pgoff:#x}"
         )
     return found - 1

@@ -48,14 +48,18 @@ def pin(
     def one() -> int:
         require_granted(core, owner.session, number, offset, length, write=True)
         core.quotas.charge_pins(core, owner.tenant, npages)
-        _, pfns = touch(core, number, offset, length, write=True)
+        file, pfns = touch(core, number, offset, length, write=True)
         with core.tx("pin") as tx:
             handle = tx.next_id("pin")
             who = f"session {owner.session}" if owner.session else holder
             holds = f"{who} pin {handle}"
-            held = PagePin(handle, number, start, npages, purpose, holds, owner, as_runs(pfns))
+            held = PagePin(
+                handle, number, start, npages, purpose, holds, owner.tenant, owner.session,
+                as_runs(pfns),
+            )  # fmt: skip
             core.ledger.hold_pin(tx, held, pfns)
-            tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle)
+            whose = file.info.owner.tenant
+            tx.emit("pinned", file=number, pgoff=start, npages=npages, pin=handle, tenant=whose)
             return handle
 
     return userfault.at_once(core, one)
@@ -74,7 +78,7 @@ def unpin(core: Core, handle: int) -> Steps[None]:
 
 def release_pin(core: Core, tx: Tx, held: PagePin) -> I64:
     """Take a pin out of the ledger; return the frames it held."""
-    tx.emit("unpinned", pin=held.pin, file=held.file, tenant=held.owner.tenant)
+    tx.emit("unpinned", pin=held.pin, file=held.file, tenant=held.tenant)
     return core.ledger.release_pin(tx, held)
 
 

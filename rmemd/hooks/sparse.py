@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 
 from rmemd.hooks.leaves import (
+    IN_LEAF,
+    IN_NODE,
     LEAF,
     LEAF_SHIFT,
     LEAVES,
     NODE_PAGES_SHIFT,
     NODE_SHIFT,
+    UNIFORM,
     Array,
     Node,
     by_node,
-    in_one_leaf,
+    leaves_of,
 )
 from rmemd.hooks.writes import TableSpec, Write
 from rmemd.units import I64
@@ -31,7 +34,7 @@ from rmemd.units import I64
 # up to so many entries are kept and handled one by one: numpy would cost more
 FEW = 16
 # every byte there is
-_BYTES = {value: bytes((value,)) for value in range(256)}
+_BYTES = tuple(bytes((value,)) for value in range(256))
 # what is kept of a node: one value, a few entries by index while the rest is fill, or all
 _Kept = int | dict[int, int] | Node
 
@@ -55,36 +58,35 @@ class Sparse:
             return node
         if isinstance(node, dict):
             return node.get(index, self.fill_value)
-        leaf = (index >> LEAF_SHIFT) & (LEAVES - 1)
-        slot = node.slot_of[leaf]
-        if slot < 0:
-            return int(node.uniform[leaf])
-        value: int = node.entries.item(slot << LEAF_SHIFT | index & (LEAF - 1))
+        place = index & IN_NODE
+        leaf = place >> LEAF_SHIFT
+        place += node.shift_of[leaf] << LEAF_SHIFT
+        value: int = node.uniform.item(leaf) if place < 0 else node.entries.item(place)
         return value
 
     def get(self, indices: I64) -> Array:
         """Return the values at ``indices`` (int64, any order), same shape."""
         if indices.shape == (1,):
             return np.array([self.at(indices.item())], dtype=self.dtype)
+        if not self._nodes or not indices.size:
+            return np.full(indices.shape, self.fill_value, dtype=self.dtype)
+        first, last = leaves_of(indices)
+        if first >> NODE_SHIFT == last >> NODE_SHIFT:
+            return self._of_node(first, last, indices)
         out: Array = np.empty(indices.shape, dtype=self.dtype)
-        if not indices.size:
-            return out
-        if in_one_leaf(indices):
-            node = self._nodes.get(indices.item(0) >> NODE_PAGES_SHIFT)
-            if isinstance(node, Node):
-                row = node.row((indices.item(0) >> LEAF_SHIFT) & (LEAVES - 1))
-                if row is not None:
-                    out = row[indices & (LEAF - 1)]
-                    return out
-        for node_id, which in by_node(indices):
-            node = self._nodes.get(node_id, self.fill_value)
-            if isinstance(node, Node):
-                out[which] = node.get(indices[which])
-            elif isinstance(node, dict):
-                out[which] = self._few_at(node, indices[which])
-            else:
-                out[which] = node
+        for _, which in by_node(indices):
+            part = indices[which]
+            out[which] = self._of_node(*leaves_of(part), part)
         return out
+
+    def _of_node(self, first: int, last: int, indices: I64) -> Array:
+        """Return the values at ``indices``, of the leaves from first to last of one node."""
+        node = self._nodes.get(first >> NODE_SHIFT, self.fill_value)
+        if isinstance(node, Node):
+            return node.get(indices, first, last)
+        if isinstance(node, dict):
+            return self._few_at(node, indices)
+        return np.full(indices.shape, node, dtype=self.dtype)
 
     def _few_at(self, few: dict[int, int], indices: I64) -> Array:
         """Return the values at ``indices`` of a node of which a few are known."""
@@ -94,6 +96,13 @@ class Sparse:
         for at, value in few.items():
             out[indices == at] = value
         return out
+
+    def touched_among(self, indices: I64) -> I64:
+        """Return those of ``indices`` whose values differ from ``fill``, in their order."""
+        if not self._nodes:
+            return indices[:0]
+        found: I64 = indices[self.get(indices) != self.fill_value]
+        return found
 
     def _leaf(self, leaf_id: int) -> int | Array:
         """Return the value of a uniform leaf, or the values of a mixed one."""
@@ -185,7 +194,7 @@ class Sparse:
             node = self._nodes[node_id]
             node_end = min(base + (1 << NODE_PAGES_SHIFT), end)
             if isinstance(node, Node):
-                yield from self._node_pieces(node, base, max(at, base), node_end)
+                yield from node.pieces(base, max(at, base), node_end)
             elif isinstance(node, dict):
                 yield self._few_pieces(node, max(at, base), node_end)
             else:
@@ -193,25 +202,6 @@ class Sparse:
             at = node_end
         if at < end:
             yield self._one(at, self.fill_value)
-
-    def _node_pieces(
-        self, node: Node, base: int, start: int, end: int
-    ) -> Iterator[tuple[I64, Array]]:
-        first, last = (start - base) >> LEAF_SHIFT, (end - 1 - base) >> LEAF_SHIFT
-        at = first
-        for leaf in node.mixed(first, last).tolist():
-            if at < leaf:
-                yield self._uniform_piece(node, base, at, leaf)
-            lo = base + (leaf << LEAF_SHIFT)
-            row = node.row(leaf)
-            assert row is not None
-            part = row[max(start - lo, 0) : min(end - lo, LEAF)]
-            breaks = np.flatnonzero(np.diff(part)) + 1
-            breaks = np.concatenate((np.zeros(1, dtype=np.int64), breaks))
-            yield breaks + max(start, lo), part[breaks]
-            at = leaf + 1
-        if at <= last:
-            yield self._uniform_piece(node, base, at, last + 1)
 
     def _few_pieces(self, few: dict[int, int], start: int, end: int) -> tuple[I64, Array]:
         runs = {start: self.fill_value}
@@ -221,10 +211,6 @@ class Sparse:
         runs.pop(end, None)
         return np.array(list(runs), np.int64), np.array(list(runs.values()), self.dtype)
 
-    def _uniform_piece(self, node: Node, base: int, lo: int, hi: int) -> tuple[I64, Array]:
-        leaves = np.arange(lo, hi, dtype=np.int64)
-        return (leaves << LEAF_SHIFT) + base, node.uniform[lo:hi].copy()
-
     def _one(self, start: int, value: int) -> tuple[I64, Array]:
         return np.array([start], dtype=np.int64), np.array([value], dtype=self.dtype)
 
@@ -233,19 +219,25 @@ class Sparse:
         """Apply one write and return its inverse."""
         if op == "fill":
             start, n, value = args
-            at = start & (LEAF - 1)
-            if n == LEAF or at + n > LEAF:
-                return "restore", (start, n, self._fill(start, start + n, int(value)))
             node = self._nodes.get(start >> NODE_PAGES_SHIFT)
-            if type(node) is Node:
-                slot = node.slot_of[(start >> LEAF_SHIFT) & (LEAVES - 1)]
-                if slot >= 0 and self._of_bytes:
-                    # so it is as a rule, and the way by others' functions would take longer
-                    at |= slot << LEAF_SHIFT
-                    part = node.raw[at : at + n]
+            if type(node) is Node and self._of_bytes and n < LEAF:
+                # as nearly always, and the way by others' functions would take longer
+                place = start & IN_NODE
+                shift = node.shift_of[place >> LEAF_SHIFT]
+                # those of two leaves may lie together, too
+                if shift == node.shift_of[(place + n - 1) >> LEAF_SHIFT] != UNIFORM:
+                    place += shift << LEAF_SHIFT
+                    part = node.raw[place : place + n]
                     old = part.tobytes()
                     part[:] = _BYTES[value] * n
                     return "store", (start, old)
+            if n == 1 and type(node) is dict and len(node) < FEW:
+                # as in the table of what a session holds
+                old_value = node.get(start, self.fill_value)
+                node[start] = int(value)
+                return "fill", (start, 1, old_value)
+            if n == LEAF or (start & IN_LEAF) + n > LEAF:
+                return "restore", (start, n, self._fill(start, start + n, int(value)))
             return "store", (start, self._store(start, n, int(value)))
         if op == "put":
             indices, values = args
@@ -266,7 +258,8 @@ class Sparse:
             return node
         made = Node(self.dtype, node if isinstance(node, int) else self.fill_value)
         if isinstance(node, dict):
-            made.put(np.array(list(node), np.int64), np.array(list(node.values()), self.dtype))
+            at = np.array(list(node), np.int64)
+            made.put(at, np.array(list(node.values()), self.dtype), *leaves_of(at))
         self._nodes[node_id] = made
         return made
 
@@ -298,24 +291,20 @@ class Sparse:
             few = self._put_few(indices.tolist(), values)
             if few is not None:
                 return few
-        old: Array = np.empty(indices.shape, dtype=self.dtype)
         if not indices.size:
-            return old
-        if in_one_leaf(indices):
-            leaf_id = indices.item(0) >> LEAF_SHIFT
-            row = self._node(leaf_id >> NODE_SHIFT).own(leaf_id & (LEAVES - 1))
-            at = indices & (LEAF - 1)
-            old = row[at]
-            row[at] = values
-            return old
+            return np.empty(0, dtype=self.dtype)
+        first, last = leaves_of(indices)
+        if first >> NODE_SHIFT == last >> NODE_SHIFT:
+            return self._node(first >> NODE_SHIFT).put(indices, values, first, last)
+        old = np.empty(indices.shape, dtype=self.dtype)
         for node_id, which in by_node(indices):
-            part = values[which] if values.ndim else values
-            old[which] = self._node(node_id).put(indices[which], part)
+            part, of_part = indices[which], values[which] if values.ndim else values
+            old[which] = self._node(node_id).put(part, of_part, *leaves_of(part))
         return old
 
     def _store(self, start: int, n: int, values: Array | int) -> Array:
         """Set ``n`` entries from ``start``, and return what was there."""
-        at = start & (LEAF - 1)
+        at = start & IN_LEAF
         if at + n > LEAF:
             return self._put(np.arange(start, start + n, dtype=np.int64), np.asarray(values))
         node = self._nodes.get(start >> NODE_PAGES_SHIFT)

@@ -165,7 +165,8 @@ class Files:
             tx.create(TableSpec(f"file/{file}/shared", "sparse", "i8"))
         tx.create(TableSpec(f"file/{file}/attributes", "sparse", "u1", initially))
         tx.set(self._info, file, info)
-        return RestrictedFile(self._space, info)
+        view = self._views[file] = RestrictedFile(self._space, info)
+        return view
 
     def destroy(self, tx: Tx, file: int) -> None:
         """Forget a file whose pages are gone."""

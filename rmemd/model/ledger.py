@@ -20,10 +20,12 @@ from rmemd.hooks.tables import Dense, Records, Sparse, TableSpec
 from rmemd.hooks.tx import Tx
 from rmemd.model.host import Host
 from rmemd.model.sessions import PagePin, Sessions
-from rmemd.units import I64, U32, Bools, coalesce, distinct, expand
+from rmemd.units import I64, U32, Bools, coalesce, distinct, expand, pages
 
 _NOBODY: I64 = np.empty(0, dtype=np.int64)
 _ONE: I64 = np.ones(1, dtype=np.int64)
+# bytes of a pin's frames that lie together
+_ONE_RUN = 16
 # what is added to a count; they wrap
 _WRAP = 0xFFFFFFFF
 _ONE_MORE, _ONE_LESS = np.uint32(1), np.uint32(_WRAP)
@@ -171,6 +173,8 @@ def as_runs(pfns: I64) -> bytes:
 
 def frames_of(pin: PagePin) -> I64:
     """Return the frames that a pin holds."""
+    if len(pin.frames) == _ONE_RUN:
+        return pages(*memoryview(pin.frames).cast("q"))
     starts, counts = np.frombuffer(pin.frames, dtype=np.int64).reshape(2, -1)
     return expand(starts, counts)
 

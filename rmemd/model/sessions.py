@@ -106,8 +106,14 @@ class PagePin(Struct, frozen=True):
     npages: int
     purpose: str
     holder: str
-    owner: Owner
+    tenant: str
+    session: int
     frames: bytes
+
+    @property
+    def owner(self) -> Owner:
+        """Return on whose behalf it was made; its fields are its own, as each lies in a record."""
+        return Owner(self.tenant, self.session)
 
 
 class Sessions:
@@ -117,7 +123,7 @@ class Sessions:
         self._info: Records = tx.create(TableSpec("sessions", "records"))
         self._pins: Records = tx.create(TableSpec("pins", "records"))
         self._info.group_by(lambda _, info: info.parent)
-        self._pins.group_by(lambda _, pin: pin.owner.session)
+        self._pins.group_by(lambda _, pin: pin.session)
 
     def open(self, tx: Tx, tenant: str, role: str, door: str, **facts: Any) -> SessionInfo:
         """Make a session."""

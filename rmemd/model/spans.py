@@ -29,9 +29,9 @@ class Spans(Struct, frozen=True, dict=True):
     @cached_property
     def total(self) -> int:
         """Return how many pages they have."""
-        return int(self.counts.sum())
+        return int(np.add.reduce(self.counts))
 
-    @property
+    @cached_property
     def ends(self) -> I64:
         """Return where each ends."""
         return self.starts + self.counts
@@ -64,20 +64,27 @@ class Spans(Struct, frozen=True, dict=True):
         """Return every page number, int64, shape (total,)."""
         return self.starts if self.total == self.starts.size else expand(self.starts, self.counts)
 
+    @cached_property
+    def pieces(self) -> int:
+        """Return how many ranges they are where adjacent ones are one."""
+        return self.starts.size - int(np.count_nonzero(self.starts[1:] == self.ends[:-1]))
+
     def where(self, which: Bools) -> Spans:
         """Return some of them."""
-        return self if which.all() else Spans(self.starts[which], self.counts[which])
+        return Spans(self.starts[which], self.counts[which])
 
     def merged(self) -> Spans:
         """Return the same pages in as few ranges as can be."""
-        begins = np.ones(self.starts.size, dtype=np.bool_)
-        begins[1:] = self.starts[1:] != self.ends[:-1]
-        if begins.all():
+        if self.pieces == self.starts.size:
             return self
-        first = np.flatnonzero(begins)
-        last = np.append(first[1:], begins.size) - 1
-        starts = self.starts[first]
-        return Spans(starts, self.ends[last] - starts)
+        apart = self.starts[1:] != self.ends[:-1]
+        starts = self.starts[np.append(True, apart)]
+        return Spans(starts, self.ends[np.append(apart, True)] - starts)
+
+    def handled(self) -> Spans:
+        """Return the same pages as they are handled best: merged, unless they stay short then."""
+        stay_short = self.pieces > 1 and self.total <= SHORT_PAGES * self.pieces
+        return self if stay_short else self.merged()
 
     def within(self, start: int, npages: int) -> Spans:
         """Return the parts of them in a range."""
@@ -101,12 +108,12 @@ class Spans(Struct, frozen=True, dict=True):
 
     def are(self, table: Sparse, values: U8) -> Bools:
         """Return of which the table holds ``values[i]`` on every page of range ``i``."""
-        if not self.are_short:
-            each = zip(self, values.tolist(), strict=True)
-            return np.array([table.equals(start, n, value) for (start, n), value in each])
         if self.total == self.starts.size:
             same: Bools = table.get(self.starts) == values
             return same
+        if not self.are_short:
+            each = zip(self, values.tolist(), strict=True)
+            return np.array([table.equals(start, n, value) for (start, n), value in each])
         same = table.get(self.pages) == np.repeat(values, self.counts)
         return np.logical_and.reduceat(same, np.cumsum(self.counts) - self.counts)
 
@@ -114,9 +121,7 @@ class Spans(Struct, frozen=True, dict=True):
         """Return the pages of which a table holds something else than its fill, ascending."""
         if not self.are_short:
             return np.concatenate([table.touched(start, n) for start, n in self])
-        numbers = self.pages
-        found: I64 = numbers[table.get(numbers) != table.fill_value]
-        return found
+        return table.touched_among(self.pages)
 
     def write(self, tx: Tx, table: Sparse, value: int) -> None:
         """Set every page of them to one value."""

@@ -26,7 +26,6 @@ import structlog
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
-from msgspec import Struct
 from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 from rmemd.access.callers import Caller
@@ -44,7 +43,7 @@ from rmemd.errors import (
     TOO_MANY,
     RmemError,
 )
-from rmemd.rpc.doors import Door, Sent, sent_to_us
+from rmemd.rpc.doors import DAEMON, Door, Sent, sent_to_us
 from rmemd.rpc.lifecycle import Lifecycle
 from rmemd.rpc.observe import Called, Observer, tell
 from rmemd.rpc.replies import CallKey, Refused, Replies, Turn, mutates
@@ -53,10 +52,6 @@ from rmemd.rpc.status import shorten, to_status
 BULK_BYTES = (1 << 20) + (1 << 16)
 SMALL_BYTES = 1 << 16
 STREAMS_MAX = 16
-# By this metadata of a reply one tells a daemon from another that has none of its memory. A call
-# that carries it means that daemon, and no other; one that carries it empty, or other metadata of
-# ours without it, is told. Who sends nothing of ours would not look, and is spared it.
-DAEMON = "rmem-daemon"
 # a call that could go on for ever ends so long before its client gives up
 DEADLINE_MARGIN_SECONDS = 0.1
 BULK_METHODS = frozenset(
@@ -78,7 +73,9 @@ class Front:
         log: bound once, where the module's is looked up at each call.
     """
 
-    __slots__ = ("door", "engine", "life", "lifecycle", "log", "observers", "process", "replies")
+    __slots__ = (
+        "answered", "door", "engine", "life", "lifecycle", "log", "observers", "process", "replies",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -89,6 +86,7 @@ class Front:
         lifecycle: Lifecycle | None = None,
     ) -> None:
         self.engine = engine
+        self.answered = engine.core.answered
         self.door = door
         self.observers = observers
         # memory without a name goes with us
@@ -105,7 +103,7 @@ class Front:
         return other
 
 
-class Call(Struct):
+class Call:
     """One call, as a service's method sees it.
 
     Attributes:
@@ -113,9 +111,14 @@ class Call(Struct):
         key: its name, which a repeat of it has too; None if it has no request id.
     """
 
-    _context: grpc.ServicerContext
-    caller: Caller
-    key: CallKey | None = None
+    __slots__ = ("_context", "caller", "key")
+
+    def __init__(
+        self, context: grpc.ServicerContext, caller: Caller, key: CallKey | None = None
+    ) -> None:
+        self._context = context
+        self.caller = caller
+        self.key = key
 
     def is_over(self) -> bool:
         """Return whether the client went away or its deadline is about to pass."""
@@ -287,10 +290,10 @@ class _Answering:
         self._tenant = ""
         self._turn: Turn | None = None
         self._begun = time.perf_counter()
-        self._correlation = f"{front.process}-{next(_numbers):x}"
+        self._correlation = f"{front.process}-{next(_numbers)}"
 
     def __enter__(self) -> _Answering:
-        self._front.engine.core.answered.begin()
+        self._front.answered.revision = 0
         # What is logged meanwhile (a hook's traceback) carries the call's id. It need not be taken
         # back: gRPC runs each call in a context of its own.
         _correlated.set(self._correlation)
@@ -332,10 +335,8 @@ class _Answering:
         if error is not None and not isinstance(error, GeneratorExit):
             self._refuse(self._front.lifecycle.seen_by_caller(error), took)
             return
-        front = self._front
-        front.log.debug("call", method=self._name, ms=int(took * 1e6) / 1e3)
-        if front.observers:
-            self._tell(took, "OK" if error is None else "CANCELLED")
+        self._front.log.debug("call", method=self._name, ms=int(took * 1e6) / 1e3)
+        self._tell(took, "OK" if error is None else "CANCELLED")
 
     def _refuse(self, error: BaseException, took: float) -> None:
         ms, correlation = round(took * 1e3, 3), self._correlation
@@ -359,9 +360,10 @@ class _Answering:
         self._context.abort_with_status(status)
 
     def _tell(self, took: float, code: str, reason: str = "") -> None:
-        metadata = self._context.invocation_metadata
-        done = Called(self._name, code, reason, took, self._correlation, metadata)
-        tell(self._front.observers, done)
+        if self._front.observers:
+            metadata = self._context.invocation_metadata
+            done = Called(self._name, code, reason, took, self._correlation, metadata)
+            tell(self._front.observers, done)
 
 
 def name_error(error: BaseException, correlation: str) -> RmemError:

@@ -15,9 +15,13 @@ import grpc
 from rmemd.access.callers import TCP, UNIX, Access, Caller
 from rmemd.errors import TOKEN_UNKNOWN
 
-# what the names of our metadata begin with
-OURS = "rmem-"
 TOKEN = "rmem-token"
+REQUEST_ID = "rmem-request-id"
+# By this metadata of a reply one tells a daemon from another that has none of its memory. A call
+# that carries it means that daemon, and no other; one that carries it empty, or other metadata of
+# ours without it, is told. Who sends nothing of ours would not look, and is spared it.
+DAEMON = "rmem-daemon"
+OURS = frozenset((TOKEN, REQUEST_ID, DAEMON))
 INSECURE_TENANT = "insecure:loopback"
 SPIFFE = "spiffe://"
 Sent = Sequence[tuple[str, str | bytes]]
@@ -85,7 +89,7 @@ def sent_to_us(context: grpc.ServicerContext) -> Sent:
     sent = []
     # most calls have one pair, and it is gRPC's: a comprehension would cost more than the look
     for pair in context.invocation_metadata() or ():
-        if pair[0].startswith(OURS):
+        if pair[0] in OURS:
             sent.append(pair)
     return sent
 

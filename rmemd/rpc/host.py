@@ -17,7 +17,7 @@ from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
 from rmemd.engine.faultrules import Rule
 from rmemd.engine.migrate import Moved, Outcome, Report
-from rmemd.engine.physical import resolve
+from rmemd.engine.physical import frame_of_gfn, frame_of_page
 from rmemd.errors import BAD_RANGE, BAD_REQUEST, NO_SUCH_REASON, REASONS, Reason
 from rmemd.hooks.types import Agent
 from rmemd.model import buddy
@@ -236,13 +236,13 @@ def _resolve(core: Core, address: pb.PageAddress) -> int:
     match address.WhichOneof("address"):
         case "guest":
             guest = address.guest
-            return resolve(core, None, (guest.vm, guest.gfn), None)
+            return frame_of_gfn(core, guest.vm, guest.gfn)
         case "file_page":
             page = address.file_page
-            return resolve(core, None, None, (page.file, page.pgoff))
+            return frame_of_page(core, page.file, page.pgoff)
         case "pfn":
-            return resolve(core, address.pfn, None, None)
-    return resolve(core, None, None, None)
+            return int(frame_range(core, address.pfn, 1, "page.pfn")[0])
+    raise BAD_REQUEST("no page is named", field="page")
 
 
 def to_move(core: Core, request: pb.MigrateRequest) -> I64:

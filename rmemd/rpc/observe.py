@@ -7,15 +7,14 @@ dispatcher tells every observer of every call once, when its answer is decided a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
-from msgspec import Struct
 
 log = structlog.get_logger("rmemd.rpc")
 
 
-class Called(Struct, frozen=True):
+class Called(NamedTuple):
     """How one call went.
 
     Attributes:

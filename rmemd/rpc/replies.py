@@ -35,8 +35,8 @@ from msgspec import Struct, field
 from rmemd.engine.calls import Key
 from rmemd.engine.core import Core
 from rmemd.errors import BAD_REQUEST, INTERRUPTED, REQUEST_ID_REUSED
+from rmemd.rpc.doors import REQUEST_ID
 
-REQUEST_ID = "rmem-request-id"
 KEPT_SECONDS = 600.0
 SWEEP_SECONDS = 10.0
 ENTRIES_MAX = 16384

@@ -124,7 +124,7 @@ class Operations:
     def _carry_out(self, frame: Frame, at: int, record: Record, reply: Reply) -> bool:
         """Carry one record out; return whether it was."""
         begun = time.perf_counter()
-        self._answered.begin()
+        self._answered.revision = 0
         served = _SERVED.get(record.op, _UNKNOWN)
         if served.is_kept and not frame.is_one_way:
             key = (SESSION, self._session, frame.sequence, at)

@@ -340,26 +340,29 @@ class Reply:
         """Return how many bytes of payload still fit."""
         return PAYLOAD_MAX - self._length
 
-    def done(self, tag: int, value: int, revision: int, payload: bytes = b"") -> None:
+    def done(
+        self,
+        tag: int,
+        value: int,
+        revision: int,
+        payload: bytes = b"",
+        errno: int = 0,
+        code: int = 0,
+    ) -> None:
         """Add the result of a record that was carried out; the payload must fit."""
-        self._add(tag, 0, 0, value, revision, payload)
-
-    def refused(
-        self, tag: int, errno: int, code: int, revision: int, payload: bytes, progress: int
-    ) -> None:
-        """Add a refusal; where its text does not fit any more, the numbers must do."""
-        text = payload if len(payload) <= self.room else b""
-        self._add(tag, errno, code, progress, revision, text)
-
-    def _add(
-        self, tag: int, errno: int, code: int, value: int, revision: int, payload: bytes
-    ) -> None:
         size = len(payload)
         at = self._length if size else 0
         self._results.append(RESULT.pack(tag, errno, code, 0, value, revision, at, size))
         if size:
             self._payload.append(payload)
             self._length += size
+
+    def refused(
+        self, tag: int, errno: int, code: int, revision: int, payload: bytes, progress: int
+    ) -> None:
+        """Add a refusal; where its text does not fit any more, the numbers must do."""
+        text = payload if len(payload) <= self.room else b""
+        self.done(tag, progress, revision, text, errno, code)
 
     def encode(self) -> bytes:
         """Put the datagram together."""

@@ -29,7 +29,9 @@ RAW, PROGRESSION, RUNS, DIFFERENCES = range(4)
 _CODES: dict[Any, int] = {dtype: code for code, dtype in enumerate(DTYPES)}
 _NAMED = {dtype.str: code for code, dtype in enumerate(DTYPES)}
 _MAX_RUNS_SIZE = 1 << 32
-_NARROW = tuple(np.dtype(name) for name in ("u1", "u2", "u4"))
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
+# what differences may be written as, and the highest that it holds
+_NARROW = tuple((_UNSIGNED[size], 256**size - 1) for size in (1, 2, 4))
 
 
 def code_of(dtype: np.dtype[Any]) -> int:
@@ -121,11 +123,10 @@ def read_raw(code: int, data: bytes) -> Array:
 
 def _narrower(steps: Array) -> np.dtype[Any] | None:
     """Return a dtype of at most half the size that holds all of ``steps``, None without one."""
-    if steps.min() < 0:
-        return None
-    highest = steps.max()
-    for narrow in _NARROW:
-        if 2 * narrow.itemsize <= steps.itemsize and highest <= np.iinfo(narrow).max:
+    # as an unsigned number, what is below 0 is higher than any narrower one
+    highest = np.maximum.reduce(steps.view(_UNSIGNED[steps.itemsize]))
+    for narrow, most in _NARROW:
+        if 2 * narrow.itemsize <= steps.itemsize and highest <= most:
             return narrow
     return None
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from rmemd.engine import onepage
+from rmemd.engine.compact import frame_range
 from rmemd.engine.core import Core
 from rmemd.engine.engine import Engine
-from rmemd.engine.physical import resolve
+from rmemd.engine.physical import frame_of_gfn, frame_of_page
 from rmemd.errors import RmemError
 from rmemd.trace.checkpoint import ops_of
 from rmemd.trace.format import Outcome, Trace
@@ -155,7 +156,7 @@ def _frames(core: Core, played: Played) -> set[int]:
 
 def _guest_frame(core: Core, vm: int, gfn: int) -> int | None:
     try:
-        return resolve(core, None, (vm, gfn), None)
+        return frame_of_gfn(core, vm, gfn)
     except RmemError:
         return None
 
@@ -174,12 +175,12 @@ def _frame(core: Core, played: Played, page: str) -> int | None:
 def _resolved(core: Core, played: Played, kind: str, number: int) -> int:
     assert played.asked is not None
     args = played.asked.args
-    return resolve(
-        core,
-        number if kind == "pfn" else None,
-        (args["vm"], number) if kind == "gfn" else None,
-        (args["file"], number) if kind == "pgoff" else None,
-    )
+    match kind:
+        case "gfn":
+            return frame_of_gfn(core, args["vm"], number)
+        case "pgoff":
+            return frame_of_page(core, args["file"], number)
+    return int(frame_range(core, number, 1, "page.pfn")[0])
 
 
 def _page(core: Core, pfn: int) -> Iterator[str]:

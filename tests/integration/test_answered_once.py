@@ -22,9 +22,9 @@ from rpc_world import FRAMES, World
 from rmemd.access.callers import UNIX, Access, policy_of
 from rmemd.engine.engine import Engine
 from rmemd.rpc.dispatch import Front
-from rmemd.rpc.doors import UnixDoor
+from rmemd.rpc.doors import REQUEST_ID, UnixDoor
 from rmemd.rpc.jobs import Jobs
-from rmemd.rpc.replies import KEPT_SECONDS, REQUEST_ID, SECRET, Replies, Turn, mutates
+from rmemd.rpc.replies import KEPT_SECONDS, SECRET, Replies, Turn, mutates
 from rmemd.rpc.server import UNIX_OPTIONS, RpcServer, make_services
 from rmemd.units import PAGE_SIZE
 

@@ -8,7 +8,6 @@ import numpy as np
 from guests import Guest, consumers, make_engine
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from msgspec.structs import asdict
 
 from rmemd.engine import onepage, queries
 from rmemd.engine.compact import movable_frames
@@ -66,7 +65,7 @@ def same_story(engine: Engine) -> None:
     core = engine.core
     used = np.flatnonzero(core.host.use.view != Use.FREE).tolist()
     for pfn in [*used, 0, NFRAMES - 1]:
-        told = asdict(onepage.page(core, pfn))
+        told = onepage.page(core, pfn)._asdict()
         del told["content"]
         assert told == plain(core, pfn)
 

@@ -13,7 +13,7 @@ from rmemd.hooks.tables import Space, same_state
 from rmemd.hooks.tx import Tx
 from rmemd.model.host import Host
 from rmemd.model.ledger import Entry, Ledger, as_runs, frames_of
-from rmemd.model.sessions import Owner, PagePin, Sessions
+from rmemd.model.sessions import PagePin, Sessions
 
 N = 512
 ENTRIES = [
@@ -52,9 +52,7 @@ def _pin(sessions: Sessions, ledger: Ledger, tx: Tx, number: int, pfns: list[int
     if any(pin.pin == number for pin in sessions.pins()):
         ledger.release_pin(tx, sessions.pin(number))
     frames, entry = _array(pfns), PINS[number]
-    pin = PagePin(
-        number, 1, 0, frames.size, entry.purpose, entry.holder, Owner("", 7), as_runs(frames)
-    )
+    pin = PagePin(number, 1, 0, frames.size, entry.purpose, entry.holder, "", 7, as_runs(frames))
     ledger.hold_pin(tx, pin, frames)
 
 

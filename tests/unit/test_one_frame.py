@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from guests import Guest, make_engine
 from hypothesis import given
@@ -78,3 +79,20 @@ def test_a_page_by_scalars_is_as_by_arrays(
     (by_scalars, one), (by_arrays, other) = outcomes
     assert by_scalars == by_arrays
     assert same_state(one, other) == []
+
+
+@pytest.mark.parametrize("npages", [0, 1, 40])
+@pytest.mark.parametrize("strange", [-1, -(2**63), 2**63 - 1, 2**40, 1024])
+def test_a_number_that_no_frame_has_is_held_by_nobody(npages: int, strange: int) -> None:
+    engine = make_engine(nframes=1024)
+    guest = Guest(engine, "sw-protected", 64)
+    owner = engine.open_session("uid:1", "host", "socket").owner
+    if npages:
+        pfns = engine.get_pages(guest.file, 0, npages * PAGE_SIZE, owner).tolist()
+        for named in ([strange], [strange, pfns[0]], [pfns[0], strange]):
+            refused = came_to(lambda named=named: engine.put_pages(np.array(named), owner))
+            assert refused[0] == "NOT_HELD"
+            assert f"pfn {strange:#x}" in refused[1]
+        assert engine.put_pages(np.array(pfns), owner) == npages
+    assert came_to(lambda: engine.put_pages(np.array([strange]), owner))[0] == "NOT_HELD"
+    engine.close()

@@ -338,7 +338,8 @@ class Session:
         return result
 
     def _note(self, result: Result) -> None:
-        self.revision = max(self.revision, result.revision)
+        if result.revision > self.revision:
+            self.revision = result.revision
 
 
 class Pending(Generic[T]):

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from .paths import default_socket_dir
@@ -28,6 +29,7 @@ from .sessionreturn import GaveUp, Return, connect, say_goodbye
 from .sessionwire import (
     DATAGRAM_MAX,
     ONE_WAY,
+    REPLY,
     STOP,
     Datagram,
     Kind,
@@ -50,7 +52,9 @@ SESSION_NAME = "session.sock"
 MEMORY_LOST = "MEMORY_LOST"
 # as plain numbers, since those of ``socket`` are slow to combine
 _CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 _FDS_ROOM = socket.CMSG_SPACE(struct.calcsize("i"))
+_SEQUENCE_MAX = 0xFFFFFFFF
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -80,7 +84,8 @@ class SessionSocket:
         self._turn = threading.Condition(self._lock)
         self._waiting = 0
         self._reading = False
-        self._sequence = 0
+        # what it gives it gives once, to whichever thread
+        self._sequences = count(1)
         self._awaited: set[int] = set()
         # how often the daemon came back; a datagram is sent once in each of these times. Held while
         # one is sent, or while the time changes
@@ -120,7 +125,7 @@ class SessionSocket:
 
         One that is lost with the daemon is not sent again, and refusals are told to nobody.
         """
-        self._send(request(self._next_sequence(), records, ONE_WAY))
+        self._send(request(next(self._sequences) & _SEQUENCE_MAX, records, ONE_WAY))
 
     def call(self, records: list[Record], stop: bool = False) -> tuple[list[Result], list[int]]:
         """Send records in one datagram; return their results, and the descriptors that came.
@@ -130,7 +135,7 @@ class SessionSocket:
             DaemonUnreachable: the session has ended.
             DeadlineExceeded: no answer in time.
         """
-        sequence = self._next_sequence()
+        sequence = next(self._sequences) & _SEQUENCE_MAX
         datagram = request(sequence, records, STOP if stop else 0)
         end = time.monotonic() + self._deadline_s
         self._awaited.add(sequence)
@@ -143,11 +148,6 @@ class SessionSocket:
         finally:
             self._awaited.discard(sequence)
         return results(reply), fds
-
-    def _next_sequence(self) -> int:
-        with self._lock:
-            self._sequence = sequence = (self._sequence + 1) & 0xFFFFFFFF
-        return sequence
 
     def _is_over(self, sequence: int, sent_at: int) -> bool:
         """Return whether a datagram was answered, or its connection was lost."""
@@ -289,7 +289,10 @@ class SessionSocket:
         return partial(self._ended, "the session has ended: the daemon hung up")
 
     def _receive(self, timeout_s: float | None) -> tuple[Datagram, list[int]] | None:
-        if not self._comes(timeout_s):
+        # who has just asked waits as long as the socket itself does, which saves a system call
+        whole = self._deadline_s
+        is_the_sockets = timeout_s is not None and 0.99 * whole < timeout_s <= whole
+        if not (is_the_sockets or self._comes(timeout_s)):
             return None
         try:
             n, ancillary, flags, _ = self._take()
@@ -310,21 +313,15 @@ class SessionSocket:
             raise
 
     def _comes(self, timeout_s: float | None) -> bool:
-        """Wait for something to read, unless the socket itself waits about as long."""
-        whole = self._deadline_s
-        if timeout_s is None:
-            return bool(self._readable.poll())
-        # saves a system call for who has just asked
-        if 0.99 * whole < timeout_s <= whole:
-            return True
-        return bool(self._readable.poll(max(timeout_s, 0) * 1000))
+        """Wait for something to read."""
+        return bool(self._readable.poll(None if timeout_s is None else max(timeout_s, 0) * 1000))
 
     def _take(self) -> tuple[int, list[tuple[int, int, bytes]], int, object]:
-        return self._sock.recvmsg_into([self._buffer], _FDS_ROOM, socket.MSG_CMSG_CLOEXEC)
+        return self._sock.recvmsg_into([self._buffer], _FDS_ROOM, _CLOSE_ON_EXEC)
 
     def _sort(self, datagram: Datagram, fds: list[int]) -> None:
         """Give a datagram to whom it is for."""
-        if datagram.kind == Kind.REPLY and datagram.sequence in self._awaited:
+        if datagram.kind == REPLY and datagram.sequence in self._awaited:
             self._replies[datagram.sequence] = datagram, fds
             return
         _close_all(fds)

@@ -79,6 +79,7 @@ class Op(IntEnum):
 
 # as a plain number, which is quicker
 _REQUEST = int(Kind.REQUEST)
+REPLY = int(Kind.REPLY)
 NOTICE_KINDS = {1: "revoked", 2: "fault", 3: "removed", 4: "closed"}
 
 
@@ -220,14 +221,16 @@ def results(datagram: Datagram) -> list[Result]:
     """Take a reply apart."""
     split = datagram.nrecords * RESULT.size
     payload = datagram.body[split:]
-    return [_result(fields, payload) for fields in RESULT.iter_unpack(datagram.body[:split])]
+    found = RESULT.iter_unpack(datagram.body[:split])
+    return [
+        Result(value, revision, bytes(payload[at : at + size]) if size else b"", None)
+        if not code
+        else _refused(value, revision, bytes(payload[at : at + size]), code, errno)
+        for _, errno, code, _, value, revision, at, size in found
+    ]
 
 
-def _result(fields: tuple[int, ...], payload: memoryview) -> Result:
-    _, errno, code, _, value, revision, at, size = fields
-    data = bytes(payload[at : at + size])
-    if not code:
-        return Result(value, revision, data, None)
+def _refused(value: int, revision: int, data: bytes, code: int, errno: int) -> Result:
     error = refusal(data, code)
     error.errno = error.errno or errno
     return Result(value, revision, b"", error)
