@@ -23,8 +23,8 @@ from tests.daemons import Daemon
 
 PAGE = 4096
 FILE_PAGES = 256
-SERVERS = 3
-CALLS = 150
+SERVERS = 5
+CALLS = 100
 # with one core nobody is woken on another, and what the daemon adds to the work counts for more
 BARS = {2: 1.10, 1: None}
 Call = Callable[[], object]
