@@ -153,11 +153,7 @@ class Platform:
 
 
 class Consumer:
-    """One VM's consumer, guarded.
-
-    Attributes:
-        ops: says what is NULL; call only what is not. Another table may be put in its place.
-    """
+    """One VM's consumer, guarded. ``ops`` says what is NULL; call only what is not."""
 
     def __init__(
         self,
@@ -177,15 +173,18 @@ class Consumer:
         self._services = services
         self._prefixes = (f"vm/{vm}/{platform.name}/", f"platform/{platform.name}/")
         self.ops = ops
-        self._look_up()
 
-    def _look_up(self) -> None:
-        """Look up once what is called of the table of ops."""
-        self._looked_up = self.ops
+    @property
+    def ops(self) -> NotifierOps:
+        """Return the table of ops; what is called is looked up once, when it is set."""
+        return self._ops
+
+    @ops.setter
+    def ops(self, ops: NotifierOps) -> None:
+        self._ops = ops
         # plain tuples: no other sequence is taken apart as fast
         self._hooks = {
-            op: (getattr(self.ops, op), f"{self.name}.{op}", check)
-            for op, check in _ANSWERS.items()
+            op: (getattr(ops, op), f"{self.name}.{op}", check) for op, check in _ANSWERS.items()
         }
 
     def call(
@@ -200,8 +199,6 @@ class Consumer:
         Raises:
             RmemError: the hook refused, or PLUGIN_RAISED, PLUGIN_NONSENSE.
         """
-        if self._looked_up is not self.ops:
-            self._look_up()
         function, where, check = self._hooks[op]
         guard = self._guard
         passages = guard.passages
