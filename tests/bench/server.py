@@ -27,8 +27,8 @@ CHOICES: tuple[tuple[str, Setup, Setup], ...] = (
     ("the daemon's switches / gRPC's own", ("limits", MEASURED), THREADS),
     ("the daemon's limits and workers / none, and 8 workers", THREADS, ("grpc", "")),
 )
-# How many calls are under way at a time, and how many there are in a round. From 48 on one connection
-# gRPC's own protection against floods sends some away, asyncio or threads.
+# How many calls are under way at a time, and how many there are in a round. From 48 on, gRPC's own
+# protection of a connection against floods sends some away, asyncio or threads.
 CALLERS = {1: 240, 32: 1152}
 # one process is a tenth faster than the next, by where its memory lies
 SERVERS = 3
