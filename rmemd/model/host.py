@@ -86,6 +86,7 @@ class Host:
             NodeRange(i, i * per_node, per_node if i < nnodes - 1 else nframes - i * per_node)
             for i in range(nnodes)
         )
+        self._per_node, self._last_node = self.nodes[0].npages, nnodes - 1
         self.counters = _records(tx, COUNTERS)
         self.keys = _records(tx, KEYS)
         self.vm_keys = _records(tx, VM_KEYS)
@@ -102,11 +103,12 @@ class Host:
 
     def node_of(self, pfn: int) -> int:
         """Return the node of a frame."""
-        return min(pfn // self.nodes[0].npages, len(self.nodes) - 1)
+        last = self._last_node
+        return min(pfn // self._per_node, last) if last else 0
 
     def nodes_of(self, pfns: I64) -> I64:
         """Return the node of each frame."""
-        nodes: I64 = np.minimum(pfns // self.nodes[0].npages, len(self.nodes) - 1)
+        nodes: I64 = np.minimum(pfns // self._per_node, self._last_node)
         return nodes
 
     def poisoned(self, pfns: I64) -> Bools:
