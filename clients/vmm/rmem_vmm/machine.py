@@ -7,17 +7,23 @@ do is asked of its ops table, never concluded from its name.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rmem.v1 import consumer_pb2, types_pb2
-from rmem_client import Client
+from rmem_client import Client, RmemError
 from rmem_client.constants import GUEST_MEMFD_FLAG_MMAP, MPOL_BIND, PAGE_BYTES
+from rmem_client.pauses import pauses
 
 from .firmware import Firmware
 
 FIRMWARE_END = 1 << 32
 RAM_SLOT, FIRMWARE_SLOT = 0, 1
+
+# the daemon hears at once that the process of a running vCPU has ended; on a busy host "at once"
+# may be seconds
+LEAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -102,29 +108,46 @@ def create(
         vcpus: how many vCPUs.
         name: a name for people.
         node: NUMA node that all of its memory shall come from; ``None``: any.
+
+    Raises:
+        RmemError: the daemon's refusal; nothing is left of the VM then.
     """
     vm = client.vms.create(consumer.name, name=name)
     in_place = client.vms.get(vm).personality == types_pb2.PERSONALITY_IN_PLACE
-    size = memory_bytes + firmware_bytes
-    file = client.files.create(vm, size, flags=GUEST_MEMFD_FLAG_MMAP if in_place else 0)
-    if node is not None:
-        client.files.set_policy(file, 0, size, policy=MPOL_BIND, nodes=[node])
     table = client.consumers.ops(vm)
+    size = memory_bytes + firmware_bytes
+    try:
+        file = client.files.create(vm, size, flags=GUEST_MEMFD_FLAG_MMAP if in_place else 0)
+    except RmemError:
+        _destroy(client, vm)
+        raise
     machine = Machine(
         vm=vm, file=file, consumer=consumer.name, platform=consumer.platform,
         private_memory=consumer.private_memory, in_place=in_place,
         ops=tuple(op.name for op in table.ops if op.implemented), memory_bytes=memory_bytes,
         firmware_bytes=firmware_bytes, vcpus=vcpus,
     )  # fmt: skip
-    client.vms.set_memory_region(vm, RAM_SLOT, gpa=0, size_bytes=memory_bytes, file=file)
-    if firmware_bytes:
-        client.vms.set_memory_region(
-            vm, FIRMWARE_SLOT, gpa=machine.firmware_gpa, size_bytes=firmware_bytes, file=file,
-            file_offset_bytes=memory_bytes,
-        )  # fmt: skip
-    for index in range(vcpus):
-        client.vcpus.create(vm, index)
+    try:
+        _furnish(client, machine, node)
+    except RmemError:
+        dispose(client, machine)
+        raise
     return machine
+
+
+def _furnish(client: Client, machine: Machine, node: int | None) -> None:
+    vm, file = machine.vm, machine.file
+    ram, firmware = machine.memory_bytes, machine.firmware_bytes
+    if node is not None:
+        client.files.set_policy(file, 0, ram + firmware, policy=MPOL_BIND, nodes=[node])
+    client.vms.set_memory_region(vm, RAM_SLOT, gpa=0, size_bytes=ram, file=file)
+    if firmware:
+        client.vms.set_memory_region(
+            vm, FIRMWARE_SLOT, gpa=machine.firmware_gpa, size_bytes=firmware, file=file,
+            file_offset_bytes=ram,
+        )  # fmt: skip
+    for index in range(machine.vcpus):
+        client.vcpus.create(vm, index)
 
 
 def load_firmware(client: Client, machine: Machine, firmware: Firmware) -> str:
@@ -173,9 +196,25 @@ def convert(client: Client, machine: Machine, gpa: int, size_bytes: int, *, priv
 
 
 def dispose(client: Client, machine: Machine) -> int:
-    """Destroy the VM and close its file; return how many pages that freed."""
-    client.vms.destroy(machine.vm)
+    """Destroy the VM and close its file; return how many pages that freed.
+
+    A vCPU that runs is waited for: its process may have been killed a moment ago.
+    """
+    _destroy(client, machine.vm)
     return client.files.close(machine.file)
+
+
+def _destroy(client: Client, vm: int) -> None:
+    end = time.monotonic() + LEAVE_SECONDS
+    for pause in pauses():
+        try:
+            client.vms.destroy(vm)
+        except RmemError as refusal:
+            if refusal.reason != "VM_IN_USE" or time.monotonic() > end:
+                raise
+            time.sleep(pause)
+        else:
+            return
 
 
 def frames_of(client: Client, subject: Machine, ranges: Iterable[Range]) -> list[tuple[int, int]]:

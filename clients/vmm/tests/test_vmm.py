@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +15,9 @@ from typing import IO, Any
 import pytest
 
 from rmem.v1 import types_pb2
-from rmem_client import Client
+from rmem_client import Client, RmemError
 from rmem_client.constants import PAGE_BYTES
+from rmem_client.vcpus import Instruction
 from rmem_vmm import fleet, guest, machine, pattern
 from rmem_vmm.daemon import DaemonProcess
 from rmem_vmm.machine import Range
@@ -103,7 +105,7 @@ def test_corrupted_memory_fails_the_vmm_and_names_the_vcpu(
     assert client.host.get().vms == 0
 
 
-def test_a_killed_vcpu_process_fails_its_vmm(daemon: DaemonProcess) -> None:
+def test_a_killed_vcpu_process_fails_its_vmm(daemon: DaemonProcess, client: Client) -> None:
     with held_vmm(daemon, "pkvm-gmem", vcpus=1) as (child, stream, _):
         wait_for(stream, "moved")
         found = subprocess.run(
@@ -113,6 +115,49 @@ def test_a_killed_vcpu_process_fails_its_vmm(daemon: DaemonProcess) -> None:
         _, error = child.communicate(timeout=30)
     assert child.returncode == 1
     assert "vCPU 0's process died with status -9" in error
+    assert client.host.get().vms == 0
+
+
+def is_running(client: Client, vm: int, programme: list[Instruction]) -> bool:
+    try:
+        client.vcpus.set_programme(vm, 0, programme)
+    except RmemError as refusal:
+        return refusal.reason == "VCPU_BUSY"
+    return False
+
+
+def test_a_vm_that_a_vcpu_is_leaving_is_waited_for(
+    daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process may have been killed a moment ago, and the daemon not have heard of it yet."""
+    subject = machine.create(client, find_consumer(client, "gup"), memory_bytes=4 * PAGE_BYTES)
+    endless = [guest.vcpus.write(0, PAGE_BYTES, seed=1), guest.vcpus.loop(0, guest.FOREVER)]
+    client.vcpus.set_programme(subject.vm, 0, endless)
+    runner = Client(daemon.socket_dir)
+    refused = []
+    destroy = client.vms.destroy
+
+    def destroy_or_let_go(vm: int) -> int:
+        try:
+            return destroy(vm)
+        except RmemError as refusal:
+            refused.append(refusal.reason)
+            runner.close()
+            raise
+
+    def run() -> None:
+        with pytest.raises(RmemError):
+            runner.vcpus.run(subject.vm, 0)
+
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(run)
+        while not is_running(client, subject.vm, endless):
+            assert not running.done()
+        monkeypatch.setattr(client.vms, "destroy", destroy_or_let_go)
+        machine.dispose(client, subject)
+        running.result()
+    assert set(refused) == {"VM_IN_USE"}
+    assert client.host.get().vms == 0
 
 
 def test_bad_settings_are_said_and_leave_nothing(daemon: DaemonProcess, client: Client) -> None:
@@ -120,12 +165,14 @@ def test_bad_settings_are_said_and_leave_nothing(daemon: DaemonProcess, client: 
     for options, text in (
         (["--consumer", "tdx-tomorow"], "the daemon has no consumer 'tdx-tomorow'"),
         (["--consumer", "gup", "--memory", "64K", "--vcpus", "2"], "too little memory"),
+        (["--consumer", "gup", "--memory", "8G"], "SLOT_OVERLAP"),
         (["--consumer", "gup", "--firmware", "/nonexistent"], "cannot read the firmware"),
     ):
         result = subprocess.run([*base, *options], capture_output=True, text=True)
         assert result.returncode == 1
         assert text in result.stderr
-    assert client.host.get().vms == 0
+    host = client.host.get()
+    assert (host.vms, host.files) == (0, 0)
 
 
 def test_patterns_are_what_guests_write(client: Client) -> None:
