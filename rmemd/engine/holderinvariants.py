@@ -20,7 +20,7 @@ from rmemd.model.sessions import ADMIN
 from rmemd.model.vms import Vm
 from rmemd.store.keeping import ARENA, FILE_PREFIX
 from rmemd.store.memfd import is_sealed
-from rmemd.units import MAX_GFN
+from rmemd.units import MAX_GFN, distinct
 
 # what is looked at for secrets: frames, bytes of each, and the newest events and records
 SAMPLED = 8
@@ -74,7 +74,10 @@ def _slot_map(vm: Vm) -> Iterator[str]:
 
 
 def handles(core: Core) -> Iterator[str]:
-    """I16: no handle is above its counter, so none is given out twice, and VMs have a consumer."""
+    """I16: no handle is above its counter, so none is given out twice, and VMs have a consumer.
+
+    A key is there for as long as bytes are under it.
+    """
     numbers = {
         "vm": [vm.info.vm for vm in core.vms.all()],
         "file": [file.info.file for file in core.files.all()],
@@ -86,6 +89,10 @@ def handles(core: Core) -> Iterator[str]:
     for counter, used in numbers.items():
         if max(used, default=0) > core.host.counters.get(counter, 0):
             yield f"I16: {counter} {max(used)} is above the counter"
+    under = core.host.key.view
+    for key in distinct(under[under != 0]).tolist():
+        if key not in core.host.keys:
+            yield f"I16: bytes are under key {key}, which is gone"
     if set(numbers["vm"]) != set(core.consumers):
         yield "I16: VMs and consumers are not the same"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from rmemd.engine import frames, memory
+from rmemd.engine import frames, keys, memory
 from rmemd.engine.bracket import View, invalidating
 from rmemd.engine.core import Core
 from rmemd.engine.driver import Step, Steps, decided
@@ -125,8 +125,10 @@ def _destroy(core: Core, number: int) -> Steps[list[int]]:
             if number in core.host.vm_keys:
                 tx.drop(core.host.vm_keys, number)
             core.vms.destroy(tx, number)
+            keys.forget(core, tx)
             tx.emit("vm_destroyed", vm=number, tenant=vm.info.owner.tenant)
         del core.consumers[number]
+        core.ranges.forget("vm", number)
         return anonymous
 
     return (yield from core.unit(one))

@@ -316,6 +316,7 @@ def drop(core: Core, tx: Tx, number: int) -> int:
     frames.remove(core, tx, file, shared, private=False)
     core.userfaults.drop(tx, core.userfaults.of_file(number))
     core.files.destroy(tx, number)
+    core.ranges.forget("file", number)
     freed = int(private.size + shared.size)
     tx.emit("file_closed", file=number, npages=freed, tenant=file.info.owner.tenant)
     return freed

@@ -87,3 +87,7 @@ class Ranges:
     def invalidated(self, vm: int) -> None:
         """Count an invalidation, so that a fault that looked its page up before retries."""
         self._ranges.setdefault(("vm", vm), _Ranges()).sequence += 1
+
+    def forget(self, kind: str, number: int) -> None:
+        """Know nothing more of a "vm" or "file" that is gone; its number never comes again."""
+        self._ranges.pop((kind, number), None)

@@ -8,6 +8,7 @@ that nobody owns yet before a transaction is recorded, and destroys only after.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -182,6 +183,11 @@ class MemoryController:
             spec: Any = self._host.keys[key_id]
             key = self._keys[key_id] = FrameKey(self._seed, spec)
         return key
+
+    def forget(self, key_ids: Iterable[int]) -> None:
+        """Let go of keys that no bytes are under; one that is asked for again is derived anew."""
+        for key_id in key_ids:
+            self._keys.pop(key_id, None)
 
     def close(self) -> None:
         """Let go of the arena and everything in it."""

@@ -38,6 +38,7 @@ from planted.rows import (
 REFERENCES = "tests/integration/test_references.py"
 HOSTILE = "tests/integration/test_session_hostile.py"
 FILES = "tests/integration/test_session_files.py"
+KEYS = "tests/integration/test_keys.py"
 REPLIES = "tests/unit/test_replies.py"
 TDX_RULES = "plugins/tdx/tests/test_rules.py"
 SNP_RULES = "plugins/snp/tests/test_firmware_rules.py"
@@ -545,6 +546,16 @@ _TABLE = (
         "quotas_come_first",
     ),
     Mutant(
+        "keys-are-never-forgotten", BOUND, "rmemd.engine.keys",
+        "        tx.drop(host.keys, number)\n", "        pass\n",
+        f"{KEYS}::test_vms_that_are_gone_leave_nothing[null]",
+    ),
+    Mutant(
+        "ranges-are-never-forgotten", BOUND, "rmemd.engine.lifecycle",
+        '        core.ranges.forget("vm", number)\n', "",
+        f"{KEYS}::test_vms_that_are_gone_leave_nothing[null]",
+    ),
+    Mutant(
         "descriptors-without-a-quota", BOUND, "rmemd.session.descriptors",
         "            if limit != UNLIMITED and used >= limit:", "            if False:",
         f"{HOSTILE}::test_every_quota_is_checked_before_anything_is_made",
@@ -719,6 +730,16 @@ _TABLE = (
         '        key_id = self._tx.next_id("key")\n',
         '        key_id = self._tx.next_id("key") and 1\n',
         "the_bus_sees_no_plaintext",
+    ),
+    Mutant(
+        "key-is-forgotten-under-bytes", SECRET, "rmemd.engine.keys",
+        " and number not in under", "",
+        f"{KEYS}::test_a_key_stays_for_as_long_as_bytes_are_under_it",
+    ),
+    Mutant(
+        "key-is-forgotten-on-the-way", SECRET, "rmemd.engine.keys",
+        " or core.ranges.any_in_progress", "",
+        f"{KEYS}::test_nothing_is_forgotten_while_bytes_are_on_their_way",
     ),
     Mutant(
         "own-conversion-leaves-plaintext", SECRET, "rmemd.engine.convert",

@@ -74,7 +74,7 @@ def a_block_counts_wrongly(engine: Engine, guest: Guest, patch: pytest.MonkeyPat
 @breaks("I4")
 def a_free_frame_is_under_a_key(engine: Engine, guest: Guest, patch: pytest.MonkeyPatch) -> None:
     with changing(engine) as (core, tx):
-        tx.put(core.host.key, FREE, 5)
+        tx.put(core.host.key, FREE, core.host.vm_keys[guest.vm])
 
 
 @breaks("I5", "tdx-today")
@@ -129,6 +129,14 @@ def a_session_pins_anothers_page(engine: Engine, guest: Guest, patch: pytest.Mon
 def a_counter_goes_back(engine: Engine, guest: Guest, patch: pytest.MonkeyPatch) -> None:
     with changing(engine) as (core, tx):
         tx.set(core.host.counters, "vm", 0)
+
+
+@breaks("I16")
+def bytes_are_under_a_key_that_is_gone(
+    engine: Engine, guest: Guest, patch: pytest.MonkeyPatch
+) -> None:
+    with changing(engine) as (core, tx):
+        tx.put(core.host.key, guest.pfns(0), 1 + core.host.counters["key"])
 
 
 @breaks("I17")
