@@ -17,6 +17,7 @@ from rmem_client.constants import GUEST_MEMFD_FLAG_MMAP, MPOL_BIND, PAGE_BYTES
 from rmem_client.pauses import pauses
 
 from .firmware import Firmware
+from .units import size_text
 
 FIRMWARE_END = 1 << 32
 RAM_SLOT, FIRMWARE_SLOT = 0, 1
@@ -110,8 +111,15 @@ def create(
         node: NUMA node that all of its memory shall come from; ``None``: any.
 
     Raises:
+        ValueError: RAM and firmware overlap.
         RmemError: the daemon's refusal; nothing is left of the VM then.
     """
+    if firmware_bytes and memory_bytes > FIRMWARE_END - firmware_bytes:
+        most = size_text(FIRMWARE_END - firmware_bytes)
+        raise ValueError(
+            f"RAM of {size_text(memory_bytes)} reaches the firmware, which ends at 4 GiB: "
+            f"at most {most} fit below"
+        )
     vm = client.vms.create(consumer.name, name=name)
     in_place = client.vms.get(vm).personality == types_pb2.PERSONALITY_IN_PLACE
     table = client.consumers.ops(vm)

@@ -165,12 +165,22 @@ def test_bad_settings_are_said_and_leave_nothing(daemon: DaemonProcess, client: 
     for options, text in (
         (["--consumer", "tdx-tomorow"], "the daemon has no consumer 'tdx-tomorow'"),
         (["--consumer", "gup", "--memory", "64K", "--vcpus", "2"], "too little memory"),
-        (["--consumer", "gup", "--memory", "8G"], "SLOT_OVERLAP"),
+        (["--consumer", "gup", "--memory", "8G"], "RAM of 8 GiB reaches the firmware"),
         (["--consumer", "gup", "--firmware", "/nonexistent"], "cannot read the firmware"),
     ):
         result = subprocess.run([*base, *options], capture_output=True, text=True)
         assert result.returncode == 1
         assert text in result.stderr
+    host = client.host.get()
+    assert (host.vms, host.files) == (0, 0)
+
+
+def test_a_vm_that_is_refused_half_way_is_undone(client: Client) -> None:
+    gup = find_consumer(client, "gup")
+    with pytest.raises(RmemError, match="node"):
+        machine.create(client, gup, memory_bytes=4 * PAGE_BYTES, node=63)
+    with pytest.raises(RmemError, match="vCPU 1024"):
+        machine.create(client, gup, memory_bytes=4 * PAGE_BYTES, vcpus=1025)
     host = client.host.get()
     assert (host.vms, host.files) == (0, 0)
 
